@@ -1,0 +1,1 @@
+"""Hypernetworks, the low-rank update they generate, and its cache."""

@@ -1,0 +1,1 @@
+"""The front door: HTTP and handles, prompt embeddings, cluster assignment."""

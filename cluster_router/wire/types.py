@@ -1,0 +1,218 @@
+"""The nouns that travel between packages and processes.
+
+Everything here is immutable, picklable, and free of torch and ray.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field
+
+FinishReason = Literal["stop", "length", "abort"]
+FloatArray = NDArray[np.float32]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class SamplingParams(_Frozen):
+    """How tokens are chosen. Names and meanings are OpenAI's, with vLLM's extensions.
+
+    `temperature=0` is greedy. `top_k=0` and `min_p=0` are off. `logprobs=k` returns the chosen
+    token's log-probability and the k most likely; `prompt_logprobs=k` does so for the prompt.
+    `seed` makes the sampled tokens a function of the request alone, under any batching.
+    """
+
+    max_tokens: Annotated[int, Field(ge=0)] = 16
+    min_tokens: Annotated[int, Field(ge=0)] = 0
+    temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_k: Annotated[int, Field(ge=0)] = 0
+    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
+    repetition_penalty: Annotated[float, Field(gt=0, le=10)] = 1.0
+    logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] = {}
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    seed: int | None = None
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    prompt_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+
+
+class Message(_Frozen):
+    """One chat turn. `content` is plain text."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str
+    name: str | None = None
+
+
+class GenerateRequest(_Frozen):
+    """What a caller asks: exactly one of `prompt` (text), `prompt_tokens` or `messages`.
+
+    `adaptation` is `"auto"` (assign a cluster), `"off"` (the unadapted base model) or a cluster id.
+    """
+
+    prompt: str | None = None
+    prompt_tokens: tuple[Annotated[int, Field(ge=0)], ...] | None = None
+    messages: tuple[Message, ...] | None = None
+    sampling: SamplingParams = SamplingParams()
+    adaptation: Literal["auto", "off"] | Annotated[int, Field(ge=0)] = "auto"
+    request_id: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterKey:
+    """Content id of one update: equal keys mean equal weights.
+
+    `cluster` is None for the static update (the learned part that every cluster shares).
+    `version` is the snapshot version at which this cluster last moved, so a snapshot that leaves a
+    cluster in place leaves its key in place.
+    """
+
+    base: str
+    hypernetwork: str
+    cluster: int | None
+    version: int
+
+    @property
+    def id(self) -> str:
+        """Sixteen hex digits that name this update everywhere it is cached or shown."""
+        text = f"{self.base}/{self.hypernetwork}/{self.cluster}/{self.version}"
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Conditioning:
+    """What the hypernetwork sees of a cluster.
+
+    Attributes:
+        vector: float32 [c], the cluster's statistics.
+        support: how many prompts stand behind it; thin support shrinks the update.
+    """
+
+    vector: FloatArray
+    support: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Assignment:
+    """Which update a request runs under, and why.
+
+    `key` is None when adaptation is off. `cluster` is None when the prompt resembles no cluster:
+    the request then runs under the static update, and `conditioning` is None too.
+    `similarity` is the cosine to the nearest centroid, None when nothing was compared.
+    """
+
+    key: AdapterKey | None
+    cluster: int | None = None
+    similarity: float | None = None
+    snapshot_version: int = 0
+    conditioning: Conditioning | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizedRequest:
+    """What a router sends to an LM replica: token ids and the assignment they run under."""
+
+    request_id: str
+    prompt_tokens: tuple[int, ...]
+    sampling: SamplingParams
+    assignment: Assignment
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A token with its log-probability (nats), and the most likely alternatives at its place.
+
+    `text` is the token decoded alone; `raw` its exact bytes. `logprob` is None for the first token
+    of a prompt, which nothing predicts. `top` holds entries whose own `top` is empty.
+    """
+
+    token: int
+    text: str
+    raw: bytes
+    logprob: float | None
+    top: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TokenChunk:
+    """One piece of a streamed answer.
+
+    A stream is: chunks with new text, of which the last has `finish_reason` set. `tokens` and
+    `logprobs` belong to `text`, but text that could still become a stop string is held back, so
+    tokens may arrive ahead of their text. `prompt_logprobs` comes once, on the first chunk.
+    """
+
+    request_id: str
+    text: str = ""
+    tokens: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob, ...] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Adaptation:
+    """What adapted an answer: the part of an Assignment that callers see."""
+
+    mode: Literal["cluster", "static", "off"]
+    cluster: int | None = None
+    similarity: float | None = None
+    adapter_key: str | None = None
+    snapshot_version: int = 0
+
+    @classmethod
+    def of(cls, assignment: Assignment) -> Adaptation:
+        """Describe `assignment` to a caller."""
+        key = assignment.key
+        mode: Literal["cluster", "static", "off"] = (
+            "off" if key is None else "static" if key.cluster is None else "cluster"
+        )
+        return cls(
+            mode=mode,
+            cluster=assignment.cluster,
+            similarity=None if assignment.similarity is None else round(assignment.similarity, 6),
+            adapter_key=None if key is None else key.id,
+            snapshot_version=assignment.snapshot_version,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateResult:
+    """A finished answer, whole."""
+
+    request_id: str
+    text: str
+    tokens: tuple[int, ...]
+    finish_reason: FinishReason
+    adaptation: Adaptation
+    prompt_tokens: int
+    logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob, ...] | None = None
+    stop_reason: str | int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterInfo:
+    """A cluster as shown to callers.
+
+    `characteristic_tokens` are the vocabulary entries that set the cluster apart from the mean of
+    all traffic; they are derived from the centroid alone.
+    """
+
+    id: int
+    size: int
+    version: int
+    adapter_key: str
+    characteristic_tokens: tuple[str, ...] = field(default=())

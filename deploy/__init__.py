@@ -1,0 +1,1 @@
+"""Typed configuration and the Ray Serve application that binds the packages."""

@@ -1,0 +1,1 @@
+"""Data, objectives, training jobs and honest evaluation of hypernetworks."""
