@@ -1,0 +1,166 @@
+"""Assigns embeddings to clusters, over a snapshot that can be replaced while requests run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+
+from cluster_router.index import CentroidIndex
+from cluster_router.vocabulary import Describe
+from cluster_router.wire.errors import BundleError, UnknownClusterError
+from cluster_router.wire.snapshot import ClusterSnapshot
+from cluster_router.wire.types import AdapterKey, Assignment, ClusterInfo, Conditioning, FloatArray
+
+IndexFactory = Callable[[FloatArray], CentroidIndex]
+Mode = Literal["auto", "off"] | int
+
+
+@dataclass(frozen=True)
+class _Clusters:
+    """A snapshot and what was built from it. Whoever holds one sees a single moment."""
+
+    snapshot: ClusterSnapshot
+    index: CentroidIndex
+    describe: Describe
+
+    @cached_property
+    def words(self) -> list[tuple[str, ...]]:
+        """Characteristic tokens of each row; computed when first shown."""
+        return list(self.describe(self.snapshot.centroids - self.snapshot.mean))
+
+
+class Assigner:
+    """Chooses the update a prompt runs under.
+
+    Args:
+        snapshot: the clusters to begin with; may hold none.
+        index_factory: builds the search index over a snapshot's centroids.
+        base: content id of the base model, for adapter keys.
+        hypernetwork: content id of the hypernetwork checkpoint, for adapter keys.
+        describe: names clusters for people; without it they are shown without words.
+    """
+
+    def __init__(
+        self,
+        snapshot: ClusterSnapshot,
+        index_factory: IndexFactory,
+        base: str,
+        hypernetwork: str,
+        describe: Describe | None = None,
+    ) -> None:
+        self._index_factory = index_factory
+        self._base = base
+        self._hypernetwork = hypernetwork
+        self._describe = describe or _no_words
+        self._clusters = self._build(snapshot)
+
+    @property
+    def snapshot(self) -> ClusterSnapshot:
+        """The snapshot in use."""
+        return self._clusters.snapshot
+
+    def swap(self, snapshot: ClusterSnapshot) -> None:
+        """Use `snapshot` from the next call on; calls under way keep the one they began with.
+
+        Raises:
+            BundleError: its embeddings are of another size.
+        """
+        if snapshot.dim != self.snapshot.dim:
+            raise BundleError(
+                f"snapshot {snapshot.version} has embeddings of size {snapshot.dim}, "
+                f"this service embeds to {self.snapshot.dim}"
+            )
+        self._clusters = self._build(snapshot)
+
+    def assign(self, embedding: FloatArray, mode: Mode = "auto") -> Assignment:
+        """Assign one prompt; depends on nothing but the arguments and the snapshot.
+
+        Args:
+            embedding: float32 [d], unit length.
+            mode: `"auto"`, `"off"` (the unadapted base model) or the id of a cluster.
+
+        Raises:
+            UnknownClusterError: no cluster has the id `mode`.
+        """
+        clusters = self._clusters
+        if mode == "off":
+            return Assignment(key=None, snapshot_version=clusters.snapshot.version)
+        if mode != "auto":
+            return self._adapted(clusters.snapshot, _row(clusters.snapshot, mode), None)
+        similarities, rows = clusters.index.search(embedding[None], 1)
+        similarity = float(similarities[0, 0]) if similarities.size else None
+        if similarity is None or similarity < clusters.snapshot.threshold:
+            return self._static(clusters.snapshot, similarity)
+        return self._adapted(clusters.snapshot, int(rows[0, 0]), similarity)
+
+    def conditioning(self, cluster: int) -> tuple[AdapterKey, Conditioning]:
+        """Key of a cluster's update, and what its hypernetwork is given.
+
+        Raises:
+            UnknownClusterError: no cluster has this id.
+        """
+        snapshot = self.snapshot
+        row = _row(snapshot, cluster)
+        return self._key(snapshot, row), snapshot.conditioning_of(row)
+
+    def clusters(self) -> list[ClusterInfo]:
+        """Every cluster of the snapshot, in its order."""
+        clusters = self._clusters
+        return [self._info(clusters, row) for row in range(len(clusters.snapshot))]
+
+    def cluster(self, cluster: int) -> ClusterInfo:
+        """One cluster.
+
+        Raises:
+            UnknownClusterError: no cluster has this id.
+        """
+        clusters = self._clusters
+        return self._info(clusters, _row(clusters.snapshot, cluster))
+
+    def _build(self, snapshot: ClusterSnapshot) -> _Clusters:
+        return _Clusters(snapshot, self._index_factory(snapshot.centroids), self._describe)
+
+    def _key(self, snapshot: ClusterSnapshot, row: int) -> AdapterKey:
+        cluster, version = int(snapshot.ids[row]), int(snapshot.versions[row])
+        return AdapterKey(self._base, self._hypernetwork, cluster, version)
+
+    def _static(self, snapshot: ClusterSnapshot, similarity: float | None) -> Assignment:
+        key = AdapterKey(self._base, self._hypernetwork, cluster=None, version=0)
+        return Assignment(key, similarity=similarity, snapshot_version=snapshot.version)
+
+    def _adapted(self, snapshot: ClusterSnapshot, row: int, similarity: float | None) -> Assignment:
+        return Assignment(
+            key=self._key(snapshot, row),
+            cluster=int(snapshot.ids[row]),
+            similarity=similarity,
+            snapshot_version=snapshot.version,
+            conditioning=snapshot.conditioning_of(row),
+        )
+
+    def _info(self, clusters: _Clusters, row: int) -> ClusterInfo:
+        key = self._key(clusters.snapshot, row)
+        return ClusterInfo(
+            id=int(clusters.snapshot.ids[row]),
+            size=int(clusters.snapshot.sizes[row]),
+            version=key.version,
+            adapter_key=key.id,
+            characteristic_tokens=clusters.words[row],
+        )
+
+
+def _row(snapshot: ClusterSnapshot, cluster: int) -> int:
+    row = snapshot.row(cluster)
+    if row is None:
+        raise UnknownClusterError(
+            f"there is no cluster {cluster}; list the {len(snapshot)} there are or use 'auto'",
+            "adaptation",
+        )
+    return row
+
+
+def _no_words(directions: FloatArray) -> list[tuple[str, ...]]:
+    return [()] * len(np.asarray(directions))

@@ -1,0 +1,190 @@
+"""ClusterRouter: the front door. Tokenise, embed, assign, and send one call to an LM worker."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from cluster_router.clusters import Assigner
+from cluster_router.embedding import TokenEmbedder
+from cluster_router.prompts import PromptEncoder
+from cluster_router.wire.errors import EngineError
+from cluster_router.wire.types import (
+    Adaptation,
+    AdapterKey,
+    Assignment,
+    ClusterInfo,
+    Conditioning,
+    GenerateRequest,
+    GenerateResult,
+    TokenChunk,
+    TokenizedRequest,
+    TokenLogprob,
+)
+
+
+class Worker(Protocol):
+    """An LM replica, or many behind a handle."""
+
+    def generate(self, request: TokenizedRequest) -> AsyncIterator[TokenChunk]:
+        """Stream the answer to `request`. If it is an async generator, `aclose` cancels it."""
+        ...
+
+
+class Exporter(Protocol):
+    """Writes updates in PEFT's format."""
+
+    async def export(self, key: AdapterKey, conditioning: Conditioning | None) -> bytes:
+        """The update `key` as a zip archive of a PEFT adapter directory."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """What this service serves. `created` is in Unix seconds."""
+
+    name: str
+    created: int
+    context_length: int
+    vocab_size: int
+
+
+class ClusterRouter:
+    """Serves requests. It holds no state of its own but what it is given."""
+
+    def __init__(
+        self,
+        model: ServedModel,
+        prompts: PromptEncoder,
+        embedder: TokenEmbedder,
+        assigner: Assigner,
+        worker: Worker,
+        exporter: Exporter,
+    ) -> None:
+        self._model = model
+        self._prompts = prompts
+        self._embedder = embedder
+        self._assigner = assigner
+        self._worker = worker
+        self._exporter = exporter
+
+    @property
+    def model(self) -> ServedModel:
+        """What is served."""
+        return self._model
+
+    @property
+    def snapshot_version(self) -> int:
+        """Version of the clusters in use."""
+        return self._assigner.snapshot.version
+
+    def prepare(self, request: GenerateRequest) -> TokenizedRequest:
+        """Validate, tokenise, embed and assign.
+
+        Raises:
+            RequestError: see `PromptEncoder.encode` and `Assigner.assign`.
+        """
+        encoded = self._prompts.encode(request)
+        embedding = self._embedder.embed(encoded.content_tokens)
+        return TokenizedRequest(
+            request_id=request.request_id or uuid.uuid4().hex,
+            prompt_tokens=encoded.prompt_tokens,
+            sampling=request.sampling,
+            assignment=self._assigner.assign(embedding, request.adaptation),
+        )
+
+    def remaining(self, prompt_tokens: Sequence[int]) -> int:
+        """How many tokens the context has left after `prompt_tokens`; never below 0."""
+        return self._prompts.remaining(prompt_tokens)
+
+    async def run(self, request: TokenizedRequest) -> AsyncIterator[TokenChunk]:
+        """Stream the answer to a prepared request.
+
+        Closing this generator, or cancelling the task that reads it, closes the worker's stream.
+        """
+        chunks = self._worker.generate(request)
+        try:
+            async for chunk in chunks:
+                yield chunk
+        finally:
+            if isinstance(chunks, AsyncGenerator):
+                await chunks.aclose()
+
+    def stream(self, request: GenerateRequest) -> AsyncIterator[TokenChunk]:
+        """Stream the answer to `request`.
+
+        Raises:
+            RequestError: at once, before the first chunk is asked for; see `prepare`.
+        """
+        return self.run(self.prepare(request))
+
+    async def generate(self, request: GenerateRequest) -> GenerateResult:
+        """Answer `request` whole.
+
+        Raises:
+            RequestError: see `prepare`.
+            EngineError: the worker's stream ended before the answer did.
+        """
+        prepared = self.prepare(request)
+        return collect(prepared, [chunk async for chunk in self.run(prepared)])
+
+    def assign(self, request: GenerateRequest) -> Assignment:
+        """What `request` would run under. Nothing is generated.
+
+        Raises:
+            RequestError: see `prepare`.
+        """
+        return self.prepare(request).assignment
+
+    def clusters(self) -> list[ClusterInfo]:
+        """Every cluster of the current snapshot."""
+        return self._assigner.clusters()
+
+    def cluster(self, id: int) -> ClusterInfo:
+        """One cluster.
+
+        Raises:
+            UnknownClusterError: no cluster has this id.
+        """
+        return self._assigner.cluster(id)
+
+    async def export(self, id: int) -> bytes:
+        """A cluster's update as a zip archive of a PEFT adapter.
+
+        Raises:
+            UnknownClusterError: no cluster has this id.
+        """
+        return await self._exporter.export(*self._assigner.conditioning(id))
+
+    def token_text(self, token: int) -> str:
+        """Text of one token, decoded alone.
+
+        Raises:
+            RequestError: the id lies outside the vocabulary.
+        """
+        return self._prompts.token_text(token)
+
+
+def collect(request: TokenizedRequest, chunks: Sequence[TokenChunk]) -> GenerateResult:
+    """The whole answer that `chunks` streamed.
+
+    Raises:
+        EngineError: no chunk says why the answer finished.
+    """
+    last = chunks[-1] if chunks else None
+    if last is None or last.finish_reason is None:
+        raise EngineError(f"the answer to request {request.request_id} was cut off; send it again")
+    logprobs: list[TokenLogprob] = [entry for chunk in chunks for entry in chunk.logprobs]
+    return GenerateResult(
+        request_id=request.request_id,
+        text="".join(chunk.text for chunk in chunks),
+        tokens=tuple(token for chunk in chunks for token in chunk.tokens),
+        finish_reason=last.finish_reason,
+        adaptation=Adaptation.of(request.assignment),
+        prompt_tokens=len(request.prompt_tokens),
+        logprobs=tuple(logprobs),
+        prompt_logprobs=chunks[0].prompt_logprobs,
+        stop_reason=last.stop_reason,
+    )
