@@ -1,0 +1,123 @@
+"""What the rest of the service needs to know of a base model, and a stable id for it."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
+
+from cluster_router.wire.errors import ModelError
+from lm_workers.models.load import embedding_name, load_tokenizer
+from lm_workers.models.quiet import quiet_transformers
+from lm_workers.models.weights import Checkpoint
+
+EMBEDDING_ROWS = 256
+"""How many rows of the embedding a fingerprint covers."""
+MATRIX_ROWS = 2
+"""How many rows of every other matrix; a fine-tune moves all of them, however it was trained."""
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """A base model as its users see it.
+
+    `context_length` is in tokens. `vocab_size` is the number of logits, which may exceed the
+    tokenizer's. `eos_token_ids` is sorted; any of them ends an answer.
+    """
+
+    name: str
+    context_length: int
+    vocab_size: int
+    hidden_size: int
+    eos_token_ids: tuple[int, ...]
+    fingerprint: str
+
+
+def describe_model(path: Path, name: str) -> ModelInfo:
+    """Read the facts of the model at `path`, served as `name`, without loading its weights."""
+    config = load_config(path)
+    tokenizer = load_tokenizer(path)
+    if len(tokenizer) > config.vocab_size:
+        raise ModelError(
+            f"the tokenizer in {path} has {len(tokenizer)} tokens, the model only "
+            f"{config.vocab_size}; put the model's own tokenizer there"
+        )
+    return ModelInfo(
+        name=name,
+        context_length=config.max_position_embeddings,
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        eos_token_ids=_eos_token_ids(path, config, tokenizer),
+        fingerprint=fingerprint(path),
+    )
+
+
+def fingerprint(path: Path) -> str:
+    """Sixteen hex digits that name the base model at `path`.
+
+    Covers the architecture and a fixed sample of every weight, rounded to bfloat16: a float32 copy
+    of a bfloat16 model has the same id, a fine-tune another. (A float16 copy has another too:
+    it has lost the smallest numbers.) Independent of shards and of the names' outermost prefix.
+    """
+    config = load_config(path)
+    facts = (
+        config.model_type,
+        config.hidden_size,
+        config.num_hidden_layers,
+        config.num_attention_heads,
+        config.vocab_size,
+    )
+    digest = hashlib.sha256(repr(facts).encode())
+    checkpoint = Checkpoint(path)
+    embedding = embedding_name(checkpoint, path)
+    for short, name in sorted((_short(n), n) for n in _sampled(checkpoint, config)):
+        rows = EMBEDDING_ROWS if name == embedding else MATRIX_ROWS
+        vector = len(checkpoint.shape(name)) == 1
+        sample = checkpoint.read(name, None if vector else rows).to(torch.bfloat16)
+        digest.update(short.encode())
+        digest.update(sample.contiguous().view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def load_config(path: Path) -> PretrainedConfig:
+    """The language model's config at `path`."""
+    try:
+        with quiet_transformers():
+            config = AutoConfig.from_pretrained(
+                path, local_files_only=True, trust_remote_code=False
+            )
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"the config in {path} cannot be read: {error}") from error
+    return config.get_text_config()
+
+
+def _sampled(checkpoint: Checkpoint, config: PretrainedConfig) -> list[str]:
+    """Names of the weights: no buffers, and no head where it only repeats the embedding."""
+    tied = bool(config.tie_word_embeddings)
+    return [
+        name
+        for name in checkpoint.names
+        if 1 <= len(checkpoint.shape(name)) <= 3
+        and not name.endswith("inv_freq")
+        and not (tied and name.startswith("lm_head."))
+    ]
+
+
+def _short(name: str) -> str:
+    """The weight's name without the base model's prefix, which only some checkpoints carry."""
+    return name.removeprefix("model.").removeprefix("transformer.")
+
+
+def _eos_token_ids(
+    path: Path, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase
+) -> tuple[int, ...]:
+    sources = [config.eos_token_id, tokenizer.eos_token_id]
+    if (path / "generation_config.json").is_file():
+        sources.append(GenerationConfig.from_pretrained(path, local_files_only=True).eos_token_id)
+    ids: set[int] = set()
+    for source in sources:
+        ids.update(source if isinstance(source, list) else [] if source is None else [source])
+    return tuple(sorted(ids))

@@ -1,0 +1,132 @@
+"""Load the frozen model, its tokenizer, or only its embedding, from a resolved folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from cluster_router.wire.errors import ConfigError, ModelError
+from lm_workers.models.quiet import quiet_transformers
+from lm_workers.models.weights import Checkpoint, check_folder
+
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+EMBEDDINGS = (
+    "embed_tokens.weight",  # Llama, Qwen, Mistral, Gemma, Phi, OPT
+    "wte.weight",  # GPT-2
+    "embed_in.weight",  # GPT-NeoX
+    "word_embeddings.weight",  # BLOOM, Falcon
+)
+
+
+def load_causal_lm(path: Path, dtype: torch.dtype, device: str) -> PreTrainedModel:
+    """The model at `path`, frozen and in eval mode.
+
+    Reads safetensors only and never runs code that comes with a model.
+
+    Raises:
+        ModelError: files missing or damaged, weights missing, NaN or infinity in a weight, or an
+            architecture that transformers does not know.
+    """
+    check_folder(path)
+    try:
+        with quiet_transformers():
+            model, report = AutoModelForCausalLM.from_pretrained(
+                path,
+                dtype=dtype,
+                device_map={"": device},
+                local_files_only=True,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ModelError(f"{path} cannot be loaded as a language model: {error}") from error
+    if missing := sorted(report["missing_keys"]):
+        raise ModelError(f"{path} lacks {len(missing)} weights, among them {missing[0]}")
+    model.eval().requires_grad_(False)
+    _check_finite(model, path)
+    return model
+
+
+def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer at `path`. Raises ModelError when it is missing or cannot be read."""
+    try:
+        with quiet_transformers():
+            return AutoTokenizer.from_pretrained(
+                path, local_files_only=True, trust_remote_code=False
+            )
+    except Exception as error:
+        # tokenizers raises bare Exception for a malformed tokenizer.json.
+        raise ModelError(f"the tokenizer in {path} cannot be loaded: {error}") from error
+
+
+def load_embedding(path: Path, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """The input embedding [vocab, hidden] in `dtype`, read without building the model."""
+    checkpoint = Checkpoint(path)
+    name = embedding_name(checkpoint, path)
+    matrix = checkpoint.read(name).to(dtype)
+    if not torch.isfinite(matrix).all():
+        raise _not_finite(checkpoint.file_of(name), name)
+    return matrix
+
+
+def embedding_name(checkpoint: Checkpoint, path: Path) -> str:
+    """Name of the input embedding among the tensors of `checkpoint`."""
+    for ending in EMBEDDINGS:
+        found = [n for n in checkpoint.names if n == ending or n.endswith("." + ending)]
+        if len(found) == 1:
+            return found[0]
+    raise ModelError(f"{path} has no input embedding under a known name ({', '.join(EMBEDDINGS)})")
+
+
+def resolve_dtype(name: str, device: str) -> torch.dtype:
+    """The dtype that a setting names; `"auto"` is the fastest one `device` computes natively."""
+    if name == "auto":
+        return auto_dtype(device)
+    if name not in DTYPES:
+        raise ConfigError(f"dtype must be auto, {', '.join(DTYPES)}; got {name!r}", "dtype")
+    return DTYPES[name]
+
+
+def auto_dtype(device: str) -> torch.dtype:
+    """bfloat16 where the hardware multiplies it natively, else float32."""
+    kind = torch.device(device).type
+    if kind == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        native = kind == "cpu" and _cpu_multiplies_bf16()
+    return torch.bfloat16 if native else torch.float32
+
+
+def _cpu_multiplies_bf16() -> bool:
+    flags = torch.cpu.get_capabilities()
+    return any(bool(flags.get(flag)) for flag in ("avx512_bf16", "amx_bf16", "arm_bf16"))
+
+
+def _check_finite(model: PreTrainedModel, path: Path) -> None:
+    for name, weight in model.named_parameters():
+        if not torch.isfinite(weight).all():
+            raise _not_finite(_file_near(Checkpoint(path), name, path), name)
+
+
+def _file_near(checkpoint: Checkpoint, name: str, path: Path) -> Path:
+    """The file of a module's weight; checkpoints may leave out the outermost module's name."""
+    for stored in (name, name.partition(".")[2]):
+        if stored in checkpoint.names:
+            return checkpoint.file_of(stored)
+    return path
+
+
+def _not_finite(file: Path, name: str) -> ModelError:
+    return ModelError(f"{file} holds NaN or infinity in {name}; fetch the model again")

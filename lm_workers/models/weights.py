@@ -1,0 +1,124 @@
+"""A model folder's files: what must be there, and single tensors read without the model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from cluster_router.wire.errors import ModelError
+
+CONFIG = "config.json"
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
+
+class Checkpoint:
+    """The safetensors of a model folder, in one file or in shards; opened, never loaded whole."""
+
+    def __init__(self, folder: Path) -> None:
+        self._files = _tensor_files(folder)
+
+    @property
+    def names(self) -> list[str]:
+        """Every tensor's name, sorted."""
+        return sorted(self._files)
+
+    def file_of(self, name: str) -> Path:
+        """The file that holds the tensor `name`."""
+        return self._files[name]
+
+    def read(self, name: str, rows: int | None = None) -> torch.Tensor:
+        """The tensor `name`, or its first `rows` rows."""
+        with open_safetensors(self._files[name]) as file:
+            view = file.get_slice(name)
+            return view[:] if rows is None else view[:rows]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The tensor's shape, from the file's header."""
+        with open_safetensors(self._files[name]) as file:
+            return tuple(file.get_slice(name).get_shape())
+
+
+@contextmanager
+def open_safetensors(path: Path) -> Iterator[Any]:
+    """`safe_open` for torch on the CPU; damage becomes a ModelError that names the file."""
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{path} is damaged or incomplete ({error}); fetch it again") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a model folder."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} cannot be read as JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"{path} must hold a JSON object")
+    return content
+
+
+def check_folder(folder: Path) -> Path:
+    """Return `folder` if it holds a whole, plain model and its tokenizer; else ModelError."""
+    if not (folder / CONFIG).is_file():
+        raise ModelError(f"{folder} has no {CONFIG}; {_hint(folder)}")
+    config = read_json(folder / CONFIG)
+    if "quantization_config" in config:
+        raise ModelError(
+            f"{folder} holds quantised weights; give the unquantised model, or a .gguf file"
+        )
+    if (folder / "adapter_config.json").exists():
+        raise ModelError(f"{folder} holds a PEFT adapter; merge it into its base model first")
+    _tensor_files(folder)
+    if not any((folder / name).is_file() for name in TOKENIZERS):
+        raise ModelError(f"{folder} has no tokenizer; save it there with tokenizer.save_pretrained")
+    return folder
+
+
+def _tensor_files(folder: Path) -> dict[str, Path]:
+    """Tensor name -> file, from the headers themselves: an index may promise what is not there."""
+    files: dict[str, Path] = {}
+    for path in _weight_paths(folder):
+        if not path.is_file():
+            raise ModelError(f"{path} is missing; fetch the model again")
+        with open_safetensors(path) as file:
+            files.update(dict.fromkeys(file.keys(), path))
+    if (folder / INDEX).is_file():
+        _check_index(folder, files)
+    return files
+
+
+def _weight_paths(folder: Path) -> list[Path]:
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
+    if (folder / INDEX).is_file():
+        shards = set(read_json(folder / INDEX).get("weight_map", {}).values())
+        # A shard lies beside its index: a name that leads elsewhere is not followed.
+        return [folder / Path(str(shard)).name for shard in sorted(shards)]
+    raise ModelError(f"{folder} has no {SINGLE} or {INDEX}; {_hint(folder)}")
+
+
+def _check_index(folder: Path, files: dict[str, Path]) -> None:
+    promised = read_json(folder / INDEX).get("weight_map", {})
+    if missing := sorted(set(promised) - set(files)):
+        raise ModelError(f"the shards in {folder} lack {missing[0]}; fetch the model again")
+
+
+def _hint(folder: Path) -> str:
+    if any(folder.glob("*.gguf")):
+        return "name the .gguf file itself"
+    if any(folder.glob("*.bin")) or any(folder.glob("*.pt*")):
+        return (
+            "pickled weights are never loaded, because loading them runs code: save the model "
+            "again with model.save_pretrained(..., safe_serialization=True)"
+        )
+    return "give a folder with config.json, *.safetensors and a tokenizer"
