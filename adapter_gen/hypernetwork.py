@@ -226,13 +226,16 @@ class PaperHypernetwork(Hypernetwork):
         return Generated(lora_a=a.unflatten(-1, (rank, -1)), lora_b=b.unflatten(-1, (-1, rank)))
 
 
+Width = Annotated[int, Field(ge=1, le=65536)]
+
+
 class CoreConfig(BaseModel):
     """Settings of a CoreHypernetwork: trunk width, and the gate's kappa (see EvidenceGate)."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     kind: Literal["core"] = "core"
-    width: Annotated[int, Field(ge=1)] = 256
+    width: Width = 256
     kappa: Annotated[float, Field(ge=0)] = 8.0
     learn_kappa: bool = False
 
@@ -253,7 +256,7 @@ class PaperConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["paper"] = "paper"
-    hidden_sizes: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] = (64, 32)
+    hidden_sizes: tuple[Width, Width] = (64, 32)
 
     def build(self, spec: UpdateSpec, conditioning_dim: int) -> PaperHypernetwork:
         """Build the module, its weights drawn from torch's global generator.
