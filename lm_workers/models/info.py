@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from cluster_router.wire.errors import ModelError
-from lm_workers.models.load import embedding_name, load_tokenizer
+from lm_workers.models.load import find_embedding, load_tokenizer
 from lm_workers.models.quiet import quiet_transformers
-from lm_workers.models.weights import Checkpoint
+from lm_workers.models.weights import StoredTensor, read_json, stored_tensors
 
 EMBEDDING_ROWS = 256
 """How many rows of the embedding a fingerprint covers."""
@@ -45,9 +45,12 @@ def describe_model(path: Path, name: str) -> ModelInfo:
             f"the tokenizer in {path} has {len(tokenizer)} tokens, the model only "
             f"{config.vocab_size}; put the model's own tokenizer there"
         )
+    context_length = getattr(config, "max_position_embeddings", None)
+    if context_length is None:
+        raise ModelError(f"the config in {path} sets no max_position_embeddings; add it")
     return ModelInfo(
         name=name,
-        context_length=config.max_position_embeddings,
+        context_length=context_length,
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
         eos_token_ids=_eos_token_ids(path, config, tokenizer),
@@ -71,13 +74,13 @@ def fingerprint(path: Path) -> str:
         config.vocab_size,
     )
     digest = hashlib.sha256(repr(facts).encode())
-    checkpoint = Checkpoint(path)
-    embedding = embedding_name(checkpoint, path)
-    for short, name in sorted((_short(n), n) for n in _sampled(checkpoint, config)):
-        rows = EMBEDDING_ROWS if name == embedding else MATRIX_ROWS
-        vector = len(checkpoint.shape(name)) == 1
-        sample = checkpoint.read(name, None if vector else rows).to(torch.bfloat16)
-        digest.update(short.encode())
+    tensors = stored_tensors(path)
+    embedding = find_embedding(tensors)
+    weights = [t for t in tensors.values() if _is_weight(t, bool(config.tie_word_embeddings))]
+    for tensor in sorted(weights, key=lambda t: _short(t.name)):
+        rows = EMBEDDING_ROWS if tensor is embedding else MATRIX_ROWS
+        sample = tensor.read(None if len(tensor.shape) == 1 else rows).to(torch.bfloat16)
+        digest.update(_short(tensor.name).encode())
         digest.update(sample.contiguous().view(torch.int16).numpy().tobytes())
     return digest.hexdigest()[:16]
 
@@ -89,21 +92,17 @@ def load_config(path: Path) -> PretrainedConfig:
             config = AutoConfig.from_pretrained(
                 path, local_files_only=True, trust_remote_code=False
             )
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:
+        # The config is anybody's: its readers fail with whatever they trip over.
         raise ModelError(f"the config in {path} cannot be read: {error}") from error
     return config.get_text_config()
 
 
-def _sampled(checkpoint: Checkpoint, config: PretrainedConfig) -> list[str]:
-    """Names of the weights: no buffers, and no head where it only repeats the embedding."""
-    tied = bool(config.tie_word_embeddings)
-    return [
-        name
-        for name in checkpoint.names
-        if 1 <= len(checkpoint.shape(name)) <= 3
-        and not name.endswith("inv_freq")
-        and not (tied and name.startswith("lm_head."))
-    ]
+def _is_weight(tensor: StoredTensor, tied: bool) -> bool:
+    """Neither a buffer (old checkpoints store masks) nor a head that repeats the embedding."""
+    if tensor.name.endswith("inv_freq") or not 1 <= len(tensor.shape) <= 3:
+        return False
+    return not (tied and tensor.name.startswith("lm_head."))
 
 
 def _short(name: str) -> str:
@@ -116,7 +115,7 @@ def _eos_token_ids(
 ) -> tuple[int, ...]:
     sources = [config.eos_token_id, tokenizer.eos_token_id]
     if (path / "generation_config.json").is_file():
-        sources.append(GenerationConfig.from_pretrained(path, local_files_only=True).eos_token_id)
+        sources.append(read_json(path / "generation_config.json").get("eos_token_id"))
     ids: set[int] = set()
     for source in sources:
         ids.update(source if isinstance(source, list) else [] if source is None else [source])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from transformers import (
 
 from cluster_router.wire.errors import ConfigError, ModelError
 from lm_workers.models.quiet import quiet_transformers
-from lm_workers.models.weights import Checkpoint, check_folder
+from lm_workers.models.weights import StoredTensor, check_folder, stored_tensors
 
 DTYPES = {
     "float32": torch.float32,
@@ -50,12 +51,13 @@ def load_causal_lm(path: Path, dtype: torch.dtype, device: str) -> PreTrainedMod
                 trust_remote_code=False,
                 output_loading_info=True,
             )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except Exception as error:
+        # The config is anybody's: model classes fail with whatever they trip over.
         raise ModelError(f"{path} cannot be loaded as a language model: {error}") from error
     if missing := sorted(report["missing_keys"]):
         raise ModelError(f"{path} lacks {len(missing)} weights, among them {missing[0]}")
     model.eval().requires_grad_(False)
-    _check_finite(model, path)
+    _check_finite(model, path, dtype)
     return model
 
 
@@ -73,21 +75,23 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
 
 def load_embedding(path: Path, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """The input embedding [vocab, hidden] in `dtype`, read without building the model."""
-    checkpoint = Checkpoint(path)
-    name = embedding_name(checkpoint, path)
-    matrix = checkpoint.read(name).to(dtype)
+    stored = find_embedding(stored_tensors(path))
+    matrix = stored.read().to(dtype)
     if not torch.isfinite(matrix).all():
-        raise _not_finite(checkpoint.file_of(name), name)
+        raise _not_finite(stored.file, stored.name, dtype)
     return matrix
 
 
-def embedding_name(checkpoint: Checkpoint, path: Path) -> str:
-    """Name of the input embedding among the tensors of `checkpoint`."""
+def find_embedding(tensors: Mapping[str, StoredTensor]) -> StoredTensor:
+    """The input embedding [vocab, hidden] among a folder's tensors."""
     for ending in EMBEDDINGS:
-        found = [n for n in checkpoint.names if n == ending or n.endswith("." + ending)]
+        found = [name for name in tensors if name == ending or name.endswith("." + ending)]
         if len(found) == 1:
-            return found[0]
-    raise ModelError(f"{path} has no input embedding under a known name ({', '.join(EMBEDDINGS)})")
+            return tensors[found[0]]
+    raise ModelError(
+        f"no input embedding under a known name ({', '.join(EMBEDDINGS)}) among "
+        f"{', '.join(sorted(tensors)[:3])}...; give a decoder-only language model"
+    )
 
 
 def resolve_dtype(name: str, device: str) -> torch.dtype:
@@ -114,19 +118,23 @@ def _cpu_multiplies_bf16() -> bool:
     return any(bool(flags.get(flag)) for flag in ("avx512_bf16", "amx_bf16", "arm_bf16"))
 
 
-def _check_finite(model: PreTrainedModel, path: Path) -> None:
+def _check_finite(model: PreTrainedModel, path: Path, dtype: torch.dtype) -> None:
     for name, weight in model.named_parameters():
         if not torch.isfinite(weight).all():
-            raise _not_finite(_file_near(Checkpoint(path), name, path), name)
+            raise _not_finite(_file_of(name, path), name, dtype)
 
 
-def _file_near(checkpoint: Checkpoint, name: str, path: Path) -> Path:
+def _file_of(parameter: str, path: Path) -> Path:
     """The file of a module's weight; checkpoints may leave out the outermost module's name."""
-    for stored in (name, name.partition(".")[2]):
-        if stored in checkpoint.names:
-            return checkpoint.file_of(stored)
+    tensors = stored_tensors(path)
+    for name in (parameter, parameter.partition(".")[2]):
+        if name in tensors:
+            return tensors[name].file
     return path
 
 
-def _not_finite(file: Path, name: str) -> ModelError:
-    return ModelError(f"{file} holds NaN or infinity in {name}; fetch the model again")
+def _not_finite(file: Path, name: str, dtype: torch.dtype) -> ModelError:
+    return ModelError(
+        f"{file} holds NaN or infinity in {name} as {dtype}; fetch the model again, "
+        "or choose a dtype with a wider range"
+    )

