@@ -1,0 +1,94 @@
+"""Put an engine together from a resolved model folder, a bundle's update and the settings."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from transformers import PretrainedConfig
+
+from adapter_gen.update import SharedBases, UpdateSpec
+from cluster_router.wire.errors import ConfigError
+from lm_workers.adapters import AdapterBank
+from lm_workers.config import EngineConfig
+from lm_workers.detokenizer import TokenTexts
+from lm_workers.engine import Engine
+from lm_workers.kv_cache import BlockPool, KVCache, bytes_per_token
+from lm_workers.models import describe_model, load_causal_lm, load_tokenizer, resolve_dtype
+from lm_workers.runner import ModelRunner
+from lm_workers.sampler import Sampler
+from lm_workers.scheduler import Scheduler
+
+_CPU_CACHE_BYTES = 2**30
+_GPU_FREE_SHARE = 0.8
+
+
+def build_engine(
+    path: Path, config: EngineConfig, update: tuple[UpdateSpec, SharedBases] | None = None
+) -> Engine:
+    """An engine for the model at `path`.
+
+    Args:
+        path: a folder with safetensors, config and tokenizer.
+        config: the settings.
+        update: form and shared parts of the updates it will be given; None serves the base alone.
+
+    Raises:
+        ModelError: the model cannot be loaded or served.
+        ConfigError: the settings do not fit the model or the machine.
+    """
+    device = pick_device(config.device)
+    if device == "cpu":
+        torch.set_num_threads(config.cpu_threads or len(os.sched_getaffinity(0)))
+    dtype = resolve_dtype(config.dtype, device)
+    info = describe_model(path, str(path))
+    model = load_causal_lm(path, dtype, device)
+    max_context = min(config.max_context or info.context_length, info.context_length)
+    pool = BlockPool(_num_blocks(config, model.config, dtype, device), config.block_size)
+    if pool.capacity < max_context:
+        raise ConfigError(
+            f"kv_cache_tokens holds {pool.capacity} tokens, less than one context of "
+            f"{max_context}; raise kv_cache_tokens or lower max_context",
+            "kv_cache_tokens",
+        )
+    cache = KVCache(model.config, pool.num_blocks * config.block_size, dtype, device)
+    bank = None if update is None else AdapterBank(*update, config.max_adapters, dtype, device)
+    eos = frozenset(info.eos_token_ids)
+    return Engine(
+        runner=ModelRunner(model, cache, config.block_size, bank),
+        scheduler=Scheduler(config, pool, bank),
+        sampler=Sampler(eos),
+        texts=TokenTexts(load_tokenizer(path)),
+        eos=eos,
+        max_context=max_context,
+    )
+
+
+def pick_device(name: str) -> str:
+    """The device that a setting names.
+
+    Raises:
+        ConfigError: CUDA is asked for and there is none.
+    """
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(
+            f"device {name!r} asked for, but torch {torch.__version__} sees no CUDA device; "
+            "install the `gpu` extra and a driver, or set device to cpu",
+            "device",
+        )
+    return name
+
+
+def _num_blocks(
+    config: EngineConfig, model: PretrainedConfig, dtype: torch.dtype, device: str
+) -> int:
+    tokens = config.kv_cache_tokens
+    if tokens is None:
+        room = _CPU_CACHE_BYTES
+        if device.startswith("cuda"):
+            room = int(torch.cuda.mem_get_info(device)[0] * _GPU_FREE_SHARE)
+        tokens = room // bytes_per_token(model, dtype)
+    return 1 + tokens // config.block_size

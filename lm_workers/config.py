@@ -1,0 +1,52 @@
+"""Settings of the engine."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+PositiveInt = Annotated[int, Field(gt=0)]
+
+
+class EngineConfig(BaseModel):
+    """How one LM replica runs.
+
+    Attributes:
+        device: `auto` takes CUDA where there is one.
+        dtype: `auto` is bfloat16 where the device computes in it natively, else float32.
+        max_sequences: requests that run at the same time; more wait in their cluster's queue.
+        max_batch_tokens: tokens in one step. Bounds how long a long prompt can hold up the
+            streams that are running: prompts are prefilled in chunks that fit beside them.
+        max_context: longest prompt plus output; None is the model's own limit.
+        block_size: tokens in one block of the KV cache.
+        kv_cache_tokens: size of the KV cache; None is 1 GiB worth on a CPU and four fifths of the
+            memory left on a GPU.
+        max_adapters: updates resident on the device; the least recently used makes room.
+        max_wait_s: a request that has waited this long goes before every warm cluster.
+        max_queued: requests waiting before new ones are refused.
+        cpu_threads: threads of one step on a CPU; None is every core this process may use.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    device: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    max_sequences: PositiveInt = 32
+    max_batch_tokens: PositiveInt = 512
+    max_context: PositiveInt | None = None
+    block_size: PositiveInt = 16
+    kv_cache_tokens: PositiveInt | None = None
+    max_adapters: PositiveInt = 64
+    max_wait_s: Annotated[float, Field(ge=0)] = 0.5
+    max_queued: PositiveInt = 256
+    cpu_threads: PositiveInt | None = None
+
+    @model_validator(mode="after")
+    def _every_running_sequence_fits_in_a_step(self) -> EngineConfig:
+        if self.max_batch_tokens < self.max_sequences:
+            raise ValueError(
+                f"max_batch_tokens ({self.max_batch_tokens}) must be at least max_sequences "
+                f"({self.max_sequences}), so that every running stream gets a token in each step"
+            )
+        return self

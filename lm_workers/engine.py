@@ -1,0 +1,215 @@
+"""Engine: schedule -> step -> postprocess."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable
+
+from adapter_gen.update import LoraDelta
+from cluster_router.wire.errors import ContextLengthError, RequestError
+from cluster_router.wire.types import TokenChunk, TokenizedRequest, TokenLogprob
+from lm_workers.detokenizer import Detokenizer, TokenTexts
+from lm_workers.runner import ModelRunner, StepOutput, scored_rows
+from lm_workers.sampler import Sampled, Sampler, score
+from lm_workers.scheduler import Scheduler
+from lm_workers.sequence import Batch, Sequence, Span
+
+
+class Engine:
+    """Runs requests of any clusters in one continuously refilled batch.
+
+    Not thread-safe: one thread adds, aborts and steps.
+
+    Args:
+        runner: the model.
+        scheduler: decides what a step computes.
+        sampler: chooses tokens.
+        texts: tokenizer with per-token texts.
+        eos: token ids that end an answer.
+        max_context: longest prompt plus output.
+        clock: seconds, monotonic; orders arrivals.
+    """
+
+    def __init__(
+        self,
+        runner: ModelRunner,
+        scheduler: Scheduler,
+        sampler: Sampler,
+        texts: TokenTexts,
+        eos: frozenset[int],
+        max_context: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._runner, self._scheduler, self._sampler = runner, scheduler, sampler
+        self._texts, self._eos, self._max_context = texts, eos, max_context
+        self._clock = clock
+        self._sequences: dict[str, Sequence] = {}
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `step` would do anything."""
+        return self._scheduler.has_work
+
+    @property
+    def num_running(self) -> int:
+        """Requests being computed."""
+        return len(self._scheduler.running)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests in the queues."""
+        return self._scheduler.num_waiting
+
+    def add(self, request: TokenizedRequest, delta: LoraDelta | None) -> None:
+        """Queue a request under the update `delta` (None: unadapted), which it keeps to its end.
+
+        Raises:
+            RequestError: the prompt is empty, or the id is in use.
+            ContextLengthError: prompt and output exceed the context.
+            OverloadedError: the queues are full.
+        """
+        params, length = request.sampling, len(request.prompt_tokens)
+        if not length:
+            raise RequestError("the prompt has no tokens", "prompt")
+        if length + params.max_tokens > self._max_context:
+            raise ContextLengthError(
+                f"{length} prompt tokens and max_tokens={params.max_tokens} exceed this engine's "
+                f"context of {self._max_context} tokens",
+                "max_tokens",
+            )
+        if request.request_id in self._sequences:
+            raise RequestError(f"request id {request.request_id!r} is in use", "request_id")
+        prompt = list(request.prompt_tokens)
+        sequence = Sequence(
+            request_id=request.request_id,
+            prompt=prompt,
+            sampling=params,
+            delta=delta,
+            detokenizer=Detokenizer(self._texts.tokenizer, prompt, params.stop),
+            seed=secrets.randbits(63) if params.seed is None else params.seed,
+            arrival=self._clock(),
+        )
+        self._scheduler.add(sequence)
+        self._sequences[request.request_id] = sequence
+
+    def abort(self, request_id: str) -> None:
+        """Drop a request, at any moment; unknown or finished ids are ignored."""
+        sequence = self._sequences.pop(request_id, None)
+        if sequence is not None:
+            self._scheduler.finish(sequence)
+
+    def abort_all(self) -> list[str]:
+        """Drop every request and return their ids."""
+        names = list(self._sequences)
+        for name in names:
+            self.abort(name)
+        return names
+
+    def step(self) -> list[TokenChunk]:
+        """Advance every running request and return what became certain."""
+        batch = self._scheduler.schedule(self._clock())
+        if not batch.spans:
+            return []
+        output = self._runner.step(batch)
+        self._score_prompts(batch, output)
+        return self._postprocess(batch, output)
+
+    def check_integrity(self) -> None:
+        """Assert that nothing is lost or held twice: blocks, slots, queues, requests."""
+        self._scheduler.check_integrity()
+        held = [one.request_id for one in self._scheduler.running]
+        held += [one.request_id for queue in self._scheduler.queues.values() for one in queue]
+        assert sorted(held) == sorted(self._sequences), "requests lost or held twice"
+
+    def _score_prompts(self, batch: Batch, output: StepOutput) -> None:
+        for span, offset in zip(batch.spans, output.offsets, strict=True):
+            if span.scores:
+                self._score_prompt(span, offset, output)
+
+    def _score_prompt(self, span: Span, offset: int, output: StepOutput) -> None:
+        """Score the prompt tokens that this span's positions predict."""
+        sequence = span.sequence
+        found, tokens = sequence.prompt_logprobs, sequence.tokens
+        if not found:
+            found.append(self._texts.logprob(tokens[0], None))
+        # Position p predicts token p + 1; a preempted sequence passes scored positions again.
+        first = max(span.start, len(found) - 1)
+        last = min(span.stop, sequence.prompt_length - 1)
+        top = sequence.sampling.prompt_logprobs or 0
+        for positions in scored_rows(list(range(first, last))):
+            logits = self._runner.logits(output, [offset + p - span.start for p in positions])
+            targets = logits.new_tensor([tokens[p + 1] for p in positions]).long()
+            scores = score(logits, targets, [top] * len(positions))
+            found.extend(self._logprob(one) for one in scores)
+
+    def _postprocess(self, batch: Batch, output: StepOutput) -> list[TokenChunk]:
+        sampling, rows, chunks = [], [], []
+        for span, offset in zip(batch.spans, output.offsets, strict=True):
+            sequence = span.sequence
+            sequence.computed = span.stop
+            if span.samples:
+                sampling.append(sequence)
+                rows.append(offset + span.length - 1)
+            elif sequence.pending == 0:
+                chunks.append(self._finish_scoring(sequence))
+        if sampling:
+            sampled = self._sampler.sample(self._runner.logits(output, rows), sampling)
+            chunks += [self._advance(*pair) for pair in zip(sampling, sampled, strict=True)]
+        return chunks
+
+    def _finish_scoring(self, sequence: Sequence) -> TokenChunk:
+        """End a request that asked for no tokens."""
+        sequence.finish_reason = "length"
+        self._retire(sequence)
+        return self._chunk(sequence, "", (), ())
+
+    def _advance(self, sequence: Sequence, sampled: Sampled) -> TokenChunk:
+        """Append a sampled token, see whether the answer is over, and say what is new."""
+        token = sampled.token
+        sequence.tokens.append(token)
+        params = sequence.sampling
+        text = ""
+        may_stop = sequence.num_outputs >= params.min_tokens
+        if token in self._eos and not params.ignore_eos:
+            sequence.finish_reason = "stop"
+        elif token in params.stop_token_ids:
+            sequence.finish_reason, sequence.stop_reason = "stop", token
+        else:
+            text = sequence.detokenizer.push(token, may_stop)
+            if sequence.detokenizer.stopped_by is not None:
+                sequence.finish_reason = "stop"
+                sequence.stop_reason = sequence.detokenizer.stopped_by
+            elif sequence.num_outputs >= params.max_tokens:
+                sequence.finish_reason = "length"
+        if sequence.finish_reason is not None:
+            text += sequence.detokenizer.flush()
+            self._retire(sequence)
+        logprobs = () if params.logprobs is None else (self._logprob(sampled),)
+        return self._chunk(sequence, text, (token,), logprobs)
+
+    def _chunk(
+        self,
+        sequence: Sequence,
+        text: str,
+        tokens: tuple[int, ...],
+        logprobs: tuple[TokenLogprob, ...],
+    ) -> TokenChunk:
+        first = sequence.num_outputs <= 1 and sequence.sampling.prompt_logprobs is not None
+        return TokenChunk(
+            request_id=sequence.request_id,
+            text=text,
+            tokens=tokens,
+            logprobs=logprobs,
+            prompt_logprobs=tuple(sequence.prompt_logprobs) if first else None,
+            finish_reason=sequence.finish_reason,
+            stop_reason=sequence.stop_reason,
+        )
+
+    def _logprob(self, sampled: Sampled) -> TokenLogprob:
+        top = tuple(self._texts.logprob(token, value) for token, value in sampled.top)
+        return self._texts.logprob(sampled.token, sampled.logprob, top)
+
+    def _retire(self, sequence: Sequence) -> None:
+        self._scheduler.finish(sequence)
+        del self._sequences[sequence.request_id]

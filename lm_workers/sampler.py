@@ -1,0 +1,156 @@
+"""From logits to tokens, for a whole batch, each row under its own parameters.
+
+A row's result depends on its logits, its parameters and its own (seed, position) alone; never on
+the rows beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from cluster_router.wire.types import SamplingParams
+from lm_workers.sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """One row's outcome: the token, its log-probability, and the most likely tokens.
+
+    Log-probabilities (nats) are the adapted model's own, before penalties and temperature.
+    """
+
+    token: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+class Sampler:
+    """Chooses one token a row.
+
+    Args:
+        eos: token ids that end an answer.
+    """
+
+    def __init__(self, eos: frozenset[int]) -> None:
+        self._eos = eos
+
+    def sample(self, logits: torch.Tensor, sequences: list[Sequence]) -> list[Sampled]:
+        """logits [N, vocab] of any float type, one row for each sequence -> N tokens."""
+        logits = logits.float()
+        chosen = self._choose(logits, sequences)
+        wanted = [row for row, one in enumerate(sequences) if one.sampling.logprobs is not None]
+        scored = {}
+        if wanted:
+            counts = [sequences[row].sampling.logprobs or 0 for row in wanted]
+            scored = dict(zip(wanted, score(logits[wanted], chosen[wanted], counts), strict=True))
+        return [scored.get(row, Sampled(token)) for row, token in enumerate(chosen.tolist())]
+
+    def _choose(self, logits: torch.Tensor, sequences: list[Sequence]) -> torch.Tensor:
+        edited = [row for row, one in enumerate(sequences) if self._edits(one)]
+        if edited:
+            logits = logits.clone()
+            for row in edited:
+                self._edit(logits[row], sequences[row])
+        chosen = logits.argmax(-1)
+        random = [row for row, one in enumerate(sequences) if one.sampling.temperature > 0]
+        if random:
+            picked = [sequences[row] for row in random]
+            chosen[random] = _draw(logits[random], picked)
+        return chosen
+
+    def _edits(self, sequence: Sequence) -> bool:
+        params = sequence.sampling
+        return bool(
+            params.presence_penalty
+            or params.frequency_penalty
+            or params.repetition_penalty != 1
+            or params.logit_bias
+            or sequence.num_outputs < params.min_tokens
+        )
+
+    def _edit(self, row: torch.Tensor, sequence: Sequence) -> None:
+        """Apply penalties, bias and the minimum length to `row` [vocab], in place."""
+        params = sequence.sampling
+        if params.repetition_penalty != 1:
+            seen = torch.tensor(sequence.tokens, device=row.device).unique()
+            penalty = params.repetition_penalty
+            row[seen] = torch.where(row[seen] > 0, row[seen] / penalty, row[seen] * penalty)
+        if sequence.num_outputs and (params.presence_penalty or params.frequency_penalty):
+            outputs = torch.tensor(sequence.outputs, device=row.device)
+            seen, counts = outputs.unique(return_counts=True)
+            row[seen] -= params.presence_penalty + params.frequency_penalty * counts
+        for token, bias in params.logit_bias.items():
+            row[token] += bias
+        if sequence.num_outputs < params.min_tokens:
+            row[[*self._eos, *params.stop_token_ids]] = -torch.inf
+
+
+def score(logits: torch.Tensor, tokens: torch.Tensor, top: list[int]) -> list[Sampled]:
+    """Log-probability of tokens [N] under logits [N, vocab], and row i's `top[i]` most likely."""
+    logprobs = torch.log_softmax(logits.float(), -1)
+    own = logprobs.gather(-1, tokens[:, None])[:, 0].tolist()
+    best = logprobs.topk(max(top), -1) if max(top) else None
+    rows = []
+    for row, (token, logprob) in enumerate(zip(tokens.tolist(), own, strict=True)):
+        ranked: tuple[tuple[int, float], ...] = ()
+        if best is not None and top[row]:
+            count = top[row]
+            indices, values = best.indices[row, :count].tolist(), best.values[row, :count].tolist()
+            ranked = tuple(zip(indices, values, strict=True))
+        rows.append(Sampled(token, logprob, ranked))
+    return rows
+
+
+def _draw(logits: torch.Tensor, sequences: list[Sequence]) -> torch.Tensor:
+    """Sample logits [N, vocab] by inverting each row's cumulative distribution at one uniform."""
+    params = [sequence.sampling for sequence in sequences]
+    temperature = _column([one.temperature for one in params], logits)
+    # Near-zero temperatures: shift first, so that nothing overflows.
+    scaled = (logits - logits.amax(-1, keepdim=True)) / temperature
+    probabilities = _truncate(torch.softmax(scaled, -1), params)
+    cumulative = probabilities.double().cumsum(-1)
+    uniform = [_uniform(sequence.seed, sequence.num_outputs) for sequence in sequences]
+    targets = torch.tensor(uniform, dtype=torch.float64, device=logits.device)[:, None]
+    targets = targets * cumulative[:, -1:]
+    chosen = torch.searchsorted(cumulative, targets, right=True)
+    last = (probabilities > 0).int().cumsum(-1).argmax(-1, keepdim=True)
+    return torch.minimum(chosen, last)[:, 0]
+
+
+def _truncate(probabilities: torch.Tensor, params: list[SamplingParams]) -> torch.Tensor:
+    """Zero what top_k, top_p and min_p leave out of probabilities [N, vocab]."""
+    rows = [row for row, one in enumerate(params) if one.top_k or one.top_p < 1 or one.min_p]
+    if not rows:
+        return probabilities
+    kept = probabilities[rows]
+    chosen = [params[row] for row in rows]
+    vocab = kept.shape[-1]
+    ranked, order = kept.sort(dim=-1, descending=True, stable=True)
+    rank = torch.arange(vocab, device=kept.device)
+    top_k = _column([one.top_k or vocab for one in chosen], kept)
+    top_p = _column([one.top_p for one in chosen], kept)
+    min_p = _column([one.min_p for one in chosen], kept)
+    # Each filter sees what the one before it left, renormalised; a token stays while the mass
+    # before it is below top_p, so the most likely one always stays.
+    ranked = torch.where(rank < top_k, ranked, 0.0)
+    ranked = ranked / ranked.sum(-1, keepdim=True)
+    before = ranked.cumsum(-1) - ranked
+    ranked = torch.where((before < top_p) | (rank == 0), ranked, 0.0)
+    ranked = torch.where(ranked >= min_p * ranked[:, :1], ranked, 0.0)
+    result = probabilities.clone()
+    result[rows] = torch.zeros_like(kept).scatter(-1, order, ranked)
+    return result
+
+
+def _column(values: Iterable[float], like: torch.Tensor) -> torch.Tensor:
+    """values as float32 [N, 1] on the device of `like`."""
+    return torch.tensor(list(values), dtype=torch.float32, device=like.device)[:, None]
+
+
+def _uniform(seed: int, position: int) -> float:
+    """A uniform number in [0, 1) that is a function of seed and position."""
+    return float(np.random.Generator(np.random.Philox(key=[seed % 2**64, position])).random())
