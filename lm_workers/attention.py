@@ -57,7 +57,7 @@ def paged_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,  # noqa: ARG001 - the interface passes it
     *,
     paged: PagedStep,
     scaling: float | None = None,
@@ -77,8 +77,8 @@ def paged_attention(
     Raises:
         ModelError: the model asks for a kind of attention that is not implemented here.
     """
-    unknown = [name for name, given in options.items() if given is not None]
-    unsupported = sorted(set(unknown) - _CARRIED)
+    asked = {name for name, given in options.items() if given is not None}
+    unsupported = sorted(asked - _CARRIED)
     if unsupported:
         raise ModelError(f"this model's attention uses {unsupported}, which the engine cannot do")
     layer = int(module.layer_idx)  # type: ignore[arg-type]
@@ -125,7 +125,7 @@ def _prefill(
     scaling: float | None,
     window: int | None,
 ) -> torch.Tensor:
-    """Rows `span.start:span.stop` of query [T, heads, head_dim] -> [stop - start, heads, head_dim]."""
+    """The span's rows of query [T, heads, head_dim] -> [stop - start, heads, head_dim]."""
     keys, values = paged.cache.read(layer, span.slots)
     length = span.stop - span.start
     positions = torch.arange(len(span.slots), device=query.device)
