@@ -1,0 +1,96 @@
+"""Endpoints beyond OpenAI's: the clusters, their adapters, and how a prompt is assigned."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Path, Response
+
+from cluster_router.openai.answers import describe
+from cluster_router.openai.body import StrictRoute
+from cluster_router.openai.chat import ChatMessage
+from cluster_router.openai.common import AdaptationChoice, Strict
+from cluster_router.openai.completions import Prompts
+from cluster_router.openai.convert import as_messages, as_prompt, check_model
+from cluster_router.openai.schema import AssignmentView, ClusterList, ClusterView
+from cluster_router.openai.service import ServiceSource
+from cluster_router.wire.errors import RequestError
+from cluster_router.wire.types import ClusterInfo, GenerateRequest, SamplingParams
+
+ClusterId = Annotated[int, Path(ge=0, lt=2**63, description="The cluster's stable id.")]
+
+
+class AssignRequest(Strict):
+    """Exactly one of `prompt` (one text or one list of token ids) and `messages`."""
+
+    prompt: Prompts | None = None
+    messages: list[ChatMessage] | None = None
+    adaptation: AdaptationChoice | None = None
+    model: str | None = None
+
+
+def inspection_routes(service: ServiceSource) -> APIRouter:
+    """Clusters and assignments over `service`."""
+    router = APIRouter(prefix="/v1", tags=["clusters"], route_class=StrictRoute)
+
+    @router.get("/clusters", response_model=ClusterList, summary="List the clusters")
+    async def list_clusters() -> Any:
+        source = service()
+        data = [_view(cluster) for cluster in source.clusters()]
+        return {"object": "list", "snapshot_version": source.snapshot_version, "data": data}
+
+    @router.get("/clusters/{cluster}", response_model=ClusterView, summary="Describe a cluster")
+    async def get_cluster(cluster: ClusterId) -> Any:
+        return _view(service().cluster(cluster))
+
+    @router.get(
+        "/clusters/{cluster}/adapter",
+        response_class=Response,
+        responses={
+            200: {
+                "content": {"application/zip": {"schema": {"type": "string", "format": "binary"}}}
+            }
+        },
+        summary="Download a cluster's adapter in PEFT's format",
+    )
+    async def get_adapter(cluster: ClusterId) -> Response:
+        source = service()
+        archive = await source.export(cluster)
+        stem = re.sub(r"[^A-Za-z0-9._-]+", "-", source.model.name).strip("-.")
+        name = f"{stem}-cluster-{cluster}.zip"
+        headers = {"Content-Disposition": f'attachment; filename="{name}"'}
+        return Response(archive, media_type="application/zip", headers=headers)
+
+    @router.post("/assign", response_model=AssignmentView, summary="Assign a prompt to a cluster")
+    async def assign(body: AssignRequest) -> Any:
+        source = service()
+        if body.model is not None:
+            check_model(source, body.model)
+        prepared = source.prepare(_assignable(body))
+        return {
+            "object": "assignment",
+            "model": source.model.name,
+            "adaptation": describe(prepared.assignment),
+            "prompt_tokens": len(prepared.prompt_tokens),
+        }
+
+    return router
+
+
+def _view(cluster: ClusterInfo) -> dict[str, Any]:
+    return {"object": "cluster", **asdict(cluster)}
+
+
+def _assignable(body: AssignRequest) -> GenerateRequest:
+    if (body.prompt is None) == (not body.messages):
+        raise RequestError("Send exactly one of prompt and messages.", "prompt")
+    if body.prompt is not None and len(body.prompt) != 1:
+        raise RequestError("Send one prompt at a time to be assigned.", "prompt")
+    prompt = as_messages(body.messages) if body.messages else (body.prompt or ("",))[0]
+    return GenerateRequest(
+        **as_prompt(prompt),
+        sampling=SamplingParams(max_tokens=0),
+        adaptation="auto" if body.adaptation is None else body.adaptation,
+    )
