@@ -1,0 +1,152 @@
+"""AdapterGenerator: the update of a cluster, generated once however many ask for it."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+
+from adapter_gen.bundle import Bundle
+from adapter_gen.cache import DeltaCache
+from adapter_gen.update import LoraDelta
+from cluster_router.wire.errors import ConfigError, DeltaError
+from cluster_router.wire.types import AdapterKey, Conditioning
+
+
+@dataclass(frozen=True, slots=True)
+class GeneratorStats:
+    """Counters since the start, and what is held now.
+
+    Attributes:
+        hits: requests answered from the cache.
+        misses: requests that had to wait for a generation, their own or one under way.
+        generated: updates generated; less than `misses` where several waited for one.
+        evicted: updates dropped from the cache to make room.
+        entries: updates held.
+        bytes: bytes held.
+        last_generation_seconds: wall time of the last generation, queueing included.
+    """
+
+    hits: int
+    misses: int
+    generated: int
+    evicted: int
+    entries: int
+    bytes: int
+    last_generation_seconds: float
+
+
+class AdapterGenerator:
+    """Generates and caches updates for one bundle. Lives on one event loop.
+
+    Args:
+        bundle: the hypernetwork and what it belongs to.
+        max_bytes: how much generated updates may hold in memory.
+        device: where the hypernetwork runs.
+
+    Raises:
+        ConfigError: `max_bytes` does not hold one update.
+    """
+
+    def __init__(self, bundle: Bundle, max_bytes: int = 2**28, device: str = "cpu") -> None:
+        needed = 2 * bundle.spec.numbers_per_cluster
+        if max_bytes < needed:
+            raise ConfigError(f"max_bytes is {max_bytes}, one update takes {needed}", "max_bytes")
+        self.bundle = bundle
+        self._hypernetwork = copy.deepcopy(bundle.hypernetwork).to(device)
+        self._device = device
+        self._cache = DeltaCache(max_bytes)
+        self._in_flight: dict[AdapterKey, asyncio.Task[LoraDelta]] = {}
+        # One thread: torch spreads one generation over the cores, two would only contend.
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="adapter-generator")
+        self._hits = self._misses = self._generated = 0
+        self._last_seconds = 0.0
+
+    async def get(self, key: AdapterKey, conditioning: Conditioning | None) -> LoraDelta:
+        """The update named `key`, from the cache or generated now.
+
+        Callers that miss on the same key share one generation; a caller that is cancelled leaves
+        it running for the others. A failure reaches all of them and is forgotten, so that the
+        next caller tries again. Once cached, a key answers whatever conditioning comes with it.
+
+        Args:
+            key: names base model, hypernetwork, cluster and version; cluster None is the static
+                update.
+            conditioning: the cluster's statistics; not looked at for the static update.
+
+        Raises:
+            DeltaError: the key belongs to another base or hypernetwork, the conditioning is
+                missing, misshapen or not finite, or the generated update is not finite.
+        """
+        self._check_key(key)
+        cached = self._cache.get(key)
+        if cached is not None:
+            self._hits += 1
+            return cached
+        self._misses += 1
+        task = self._in_flight.get(key)
+        if task is None:
+            task = asyncio.create_task(self._generate_and_keep(key, conditioning))
+            self._in_flight[key] = task
+        return await asyncio.shield(task)
+
+    @torch.inference_mode()
+    def generate(self, key: AdapterKey, conditioning: Conditioning | None) -> LoraDelta:
+        """Generate one update here and now, past the cache. Raises as `get` does."""
+        self._check_key(key)
+        spec = self.bundle.spec
+        if key.cluster is None:
+            return LoraDelta.static(key, spec)
+        if conditioning is None:
+            raise DeltaError(f"the update of cluster {key.cluster} needs its conditioning")
+        vector = torch.tensor(conditioning.vector, dtype=torch.float32)[None]
+        support = torch.tensor([conditioning.support], dtype=torch.float32)
+        self._hypernetwork.check(vector, support)
+        generated = self._hypernetwork(vector.to(self._device), support.to(self._device))
+        return generated.delta(0, key, spec)
+
+    def stats(self) -> GeneratorStats:
+        """Counters and sizes at this moment."""
+        return GeneratorStats(
+            hits=self._hits,
+            misses=self._misses,
+            generated=self._generated,
+            evicted=self._cache.evicted,
+            entries=len(self._cache),
+            bytes=int(self._cache.currsize),
+            last_generation_seconds=self._last_seconds,
+        )
+
+    def close(self) -> None:
+        """Let a running generation end and stop the thread."""
+        self._thread.shutdown(cancel_futures=True)
+
+    async def _generate_and_keep(
+        self, key: AdapterKey, conditioning: Conditioning | None
+    ) -> LoraDelta:
+        started = time.perf_counter()
+        loop = asyncio.get_running_loop()
+        try:
+            delta = await loop.run_in_executor(self._thread, self.generate, key, conditioning)
+            self._cache[key] = delta
+        finally:
+            del self._in_flight[key]
+        self._generated += 1
+        self._last_seconds = time.perf_counter() - started
+        return delta
+
+    def _check_key(self, key: AdapterKey) -> None:
+        if key.base != self.bundle.fingerprint:
+            raise DeltaError(
+                f"update {key.id} is for base model {key.base}, "
+                f"this generator serves {self.bundle.fingerprint}"
+            )
+        if key.hypernetwork != self.bundle.hypernetwork_id:
+            raise DeltaError(
+                f"update {key.id} is of hypernetwork {key.hypernetwork}, "
+                f"this generator serves {self.bundle.hypernetwork_id}; load the same bundle"
+            )
