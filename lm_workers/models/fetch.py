@@ -27,8 +27,8 @@ from cluster_router.wire.errors import ModelError
 
 logger = logging.getLogger(__name__)
 
-CHUNK = 1 << 20
 ATTEMPTS = 5
+"""How often in a row a download may break off without a single new byte."""
 BACKOFF_S = 1.0
 TIMEOUT = httpx.Timeout(30.0, connect=15.0)
 
@@ -106,23 +106,26 @@ def _gather(url: str, part: Path) -> None:
         shutil.copyfile(url2pathname(parts.path), part)
         return
     with httpx.Client(verify=_trust(), timeout=TIMEOUT, follow_redirects=True) as client:
-        for attempt in range(1, ATTEMPTS + 1):
+        failures = 0
+        while True:
+            before = _size(part)
             try:
                 _stream(client, url, part)
                 return
             except (httpx.TransportError, _BrokenOffError) as error:
-                if attempt == ATTEMPTS:
+                failures = 1 if _size(part) > before else failures + 1
+                if failures == ATTEMPTS:
                     raise ModelError(
                         f"the download of {_shown(url)} broke off ({error}); start again when the "
                         "network is back, it goes on from where it stopped"
                     ) from error
                 logger.warning("download broke off (%s), trying again", error)
-                time.sleep(BACKOFF_S * attempt)
+                time.sleep(BACKOFF_S * failures)
 
 
 def _stream(client: httpx.Client, url: str, part: Path) -> None:
     """One request: append the missing bytes to `part`."""
-    have = part.stat().st_size if part.exists() else 0
+    have = _size(part)
     headers = {"Accept-Encoding": "identity"}
     if have:
         headers["Range"] = f"bytes={have}-"
@@ -141,9 +144,13 @@ def _stream(client: httpx.Client, url: str, part: Path) -> None:
         length = response.headers.get("Content-Length")
         total = have + int(length) if length else 0
         with part.open("ab" if have else "wb") as file, _progress(part.stem, have, total) as bar:
-            for chunk in response.iter_raw(CHUNK):
+            for chunk in response.iter_raw():
                 file.write(chunk)
                 bar.update(len(chunk))
+
+
+def _size(part: Path) -> int:
+    return part.stat().st_size if part.exists() else 0
 
 
 def _continues(response: httpx.Response, have: int) -> bool:

@@ -99,7 +99,7 @@ def resolve_model(model: str, cache_dir: Path | None = None) -> Path:
             f"model {model!r} cannot be put into {cache} ({error}); "
             "make room there, or set CHAMELEON_CACHE to a folder you can write"
         ) from error
-    if path.is_dir():
+    if model and path.is_dir():
         return check_folder(path.resolve())
     if HUB_ID.fullmatch(model) and not path.is_file():
         return _resolve_hub(model)
