@@ -1,0 +1,163 @@
+"""The model card of a trained bundle. Every figure in it is read from evaluation.json."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from adapter_gen.bundle import Bundle
+from training.config import TrainSettings
+
+_LICENCES = Path(__file__).parent / "configs" / "licences.yaml"
+
+_CARD = """\
+---
+base_model: {base_model}
+library_name: chameleon-llm
+tags: [chameleon-llm, hypernetwork, lora]
+---
+
+# ChameleonLLM bundle for {base_model}
+
+A hypernetwork that turns the statistics of a cluster of requests into a low-rank update of the
+final hidden state of the frozen base model (depth `{depth}`, rank {rank}). It holds no weights of
+the base model. {numbers:,} numbers are generated for a cluster; the bundle starts with {clusters}
+clusters.
+
+| | |
+|---|---|
+| base model | `{base_model}`, fingerprint `{fingerprint}` |
+| trained on | {train_documents:,} documents, {train_tokens:,} scored tokens |
+| made by | `{created_by}`, seed {seed} |
+| settings | `training/settings.json` in this folder |
+
+## Figures
+
+{figures}
+
+## Data
+
+Trained on the first tokens of documents of these domains:
+
+{data}
+
+Never trained on: {excluded}. Their licences do not allow the use of a trained model that this
+bundle is meant for (non-commercial, or for research); they serve only to measure unseen domains.
+
+## Recipe
+
+1. Final hidden states of the frozen model are computed once. In each document the first
+   {context} tokens (at most half of it) are context, the next {scored} are scored.
+2. Contexts are embedded as the mean of their token embeddings, weighted by inverse document
+   frequency, and clustered by spherical k-means. A cluster's condition is its centroid.
+3. A static update (U, S0, V and a shift) is trained by cross-entropy and stopped early on
+   validation documents (step {static_step} was best): the baseline `static` below.
+4. The hypernetwork, zero at first, is trained on top with many random clusterings, and stopped
+   early too (step {hyper_step} was best).
+
+To make it again (seed {seed}):
+
+```
+python -m training train --config training/configs/head.yaml --data <folder> --out <bundle>
+python -m training evaluate --bundle <bundle> --data <folder>
+```
+
+## Limits
+
+- The update reaches the final hidden state only: it shifts which words are likely, it adds no
+  knowledge and no skill.
+- Figures are losses on short English text and code, not the quality of chat answers.
+- Several domains (Shakespeare, the Bible, RFCs, the standard library) were surely part of the base
+  model's own training data.
+- `licences` and `rfc` share formulas between splits; their figures are optimistic.
+- One seed; the intervals cover the choice of test documents, not of training runs.
+"""
+
+_UNMEASURED = "Not yet measured: run `python -m training evaluate` on this folder."
+
+_FIGURES = """\
+Next-token loss in nats per token on the test split, {resamples:,} bootstrap resamples of documents,
+95 % intervals in brackets. `base` is the unadapted model, `static` a static update trained alone on
+the same tokens, `hyper` this bundle with each document's own cluster, `shuffled` this bundle with a
+random other cluster. Gains are positive where this bundle is better: over base (base - hyper), net
+(static - hyper), conditioning (shuffled - hyper).
+
+### Seen domains, unseen documents
+
+{seen}
+
+"""
+
+_SECTIONS = {
+    "excluded": "### Unseen domains, never trained on\n",
+    "held_out": "### Unseen domains, held out of this bundle's training\n",
+    "twin": "### Unseen domains, same recipe\n\nFigures of another bundle, trained by the same "
+    "recipe and seed with these domains held out. This bundle was trained on them.\n",
+    "wikitext": "### WikiText-2, not trained on\n",
+}
+
+
+def card(bundle: Bundle, settings: TrainSettings, record: dict[str, Any]) -> str:
+    """Markdown with a front matter that model hubs read."""
+    return _CARD.format(
+        base_model=bundle.base_model,
+        fingerprint=bundle.fingerprint,
+        depth=bundle.spec.depth,
+        rank=bundle.spec.rank,
+        numbers=bundle.spec.numbers_per_cluster,
+        clusters=len(bundle.snapshot),
+        train_documents=record["train_documents"],
+        train_tokens=record["train_tokens"],
+        static_step=record["static"]["best_step"],
+        hyper_step=record["hyper"]["best_step"],
+        created_by=bundle.created_by or "not stated",
+        seed=bundle.seed,
+        context=settings.data.context_tokens,
+        scored=settings.data.scored_tokens,
+        excluded=", ".join(f"`{name}`" for name in settings.data.exclude) or "nothing",
+        data="\n".join(_data(record["domains"])),
+        figures=_UNMEASURED if bundle.evaluation is None else _figures(bundle.evaluation),
+    )
+
+
+def _data(domains: dict[str, int]) -> Iterator[str]:
+    known = yaml.safe_load(_LICENCES.read_text(encoding="utf-8"))
+    yield "| domain | documents | source | licence |\n|---|---|---|---|"
+    for name, documents in domains.items():
+        facts = known.get(name, {"source": "not stated", "licence": "not stated"})
+        yield f"| {name} | {documents} | {facts['source']} | {facts['licence']} |"
+
+
+def _figures(evaluation: dict[str, Any]) -> str:
+    sections = [
+        _FIGURES.format(
+            resamples=evaluation["protocol"]["resamples"], seen=table(evaluation["seen"])
+        )
+    ]
+    for name, heading in _SECTIONS.items():
+        if name in evaluation:
+            sections.append(f"{heading}\n{table(evaluation[name])}\n")
+    return "\n".join(sections).rstrip()
+
+
+def table(report: dict[str, Any]) -> str:
+    """One line a domain, and the unweighted mean where there are several."""
+    lines = [
+        "| domain | documents | base | static | hyper | shuffled "
+        "| over base | net | conditioning |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    domains = report["domains"]
+    rows = dict(domains) | ({"**mean**": report["mean"]} if len(domains) > 1 else {})
+    for name, figures in rows.items():
+        nats = [f"{value:.4f}" for value in figures["nats_per_token"].values()]
+        gains = [_interval(*figures["gains"][g]) for g in ("over_base", "net", "conditioning")]
+        lines.append("| " + " | ".join([name, str(figures["documents"]), *nats, *gains]) + " |")
+    return "\n".join(lines)
+
+
+def _interval(estimate: float, low: float, high: float) -> str:
+    return f"{estimate:+.4f} [{low:+.4f}, {high:+.4f}]"

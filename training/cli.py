@@ -1,0 +1,97 @@
+"""Command line: `python -m training train ...` and `python -m training evaluate ...`."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from cluster_router.wire.errors import BundleError, ChameleonError
+from lm_workers.models.source import default_cache
+from training.artefact import Artefact
+from training.card import table
+from training.config import load_settings
+from training.jobs import EvaluateJob, TrainJob
+from training.optimise import InProcess
+
+_FAILED = 2
+"""Exit status of a run that the operator has to change something for."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except ChameleonError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return _FAILED
+    except KeyboardInterrupt:
+        print("interrupted; features computed so far are kept", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="training", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="command")
+    train = commands.add_parser("train", help="train a bundle from a folder of text")
+    train.add_argument("--config", type=Path, required=True, help="settings, YAML")
+    train.add_argument("--out", type=Path, default=Path("bundle"), help="folder to write")
+    train.add_argument("--holdout", help="domains to hold out, separated by commas")
+    train.add_argument("--seed", type=int, help="replaces the seed of the config")
+    train.add_argument("--workers", type=int, help="replaces the workers of the config")
+    train.set_defaults(run=_train)
+    evaluate = commands.add_parser("evaluate", help="measure a bundle on the test split")
+    evaluate.add_argument("--bundle", type=Path, required=True, help="folder that train wrote")
+    evaluate.add_argument(
+        "--holdout", type=Path, help="an evaluated bundle of the same recipe with domains held out"
+    )
+    evaluate.set_defaults(run=_evaluate)
+    for command in (train, evaluate):
+        command.add_argument("--data", type=Path, required=True, help="folder of text by domain")
+        command.add_argument(
+            "--cache",
+            type=Path,
+            default=default_cache() / "features",
+            help="where computed features are kept (default: %(default)s)",
+        )
+    return parser
+
+
+def _train(options: argparse.Namespace) -> None:
+    if options.out.exists():
+        raise BundleError(f"{options.out} exists; name another folder with --out", "out")
+    overrides: dict[str, Any] = {
+        name: value
+        for name, value in (("seed", options.seed), ("workers", options.workers))
+        if value is not None
+    }
+    if options.holdout:
+        overrides["data.holdout"] = options.holdout.split(",")
+    settings = load_settings(options.config, **overrides)
+    job = TrainJob(
+        settings, options.data.resolve(), options.cache.resolve(), "python -m training train"
+    )
+    _run(job, options.cache).save(options.out)
+    print(f"wrote {options.out}; measure it with: python -m training evaluate --bundle ...")
+
+
+def _run(job: TrainJob, cache: Path) -> Artefact:
+    if job.settings.workers == 0:
+        return job.run(InProcess())
+    # Ray takes a second to import, and a run in this process does without it.
+    from training.ray_train import train_with_ray
+
+    return train_with_ray(job, (cache.parent / "ray").resolve())
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    evaluation = EvaluateJob(options.bundle, options.data, options.cache, options.holdout).run()
+    for name, figures in evaluation.items():
+        if name != "protocol":
+            print(f"\n{name}\n{table(figures)}")

@@ -1,0 +1,121 @@
+"""Settings of a training run, read from YAML. Unknown keys are refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from adapter_gen.hypernetwork import CoreConfig
+from cluster_router.wire.errors import ConfigError
+
+Positive = Annotated[int, Field(ge=1)]
+Rate = Annotated[float, Field(gt=0, le=1)]
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class DataSettings(_Settings):
+    """Which documents are read, and how each is cut.
+
+    `exclude` and `holdout` are shell-style patterns of domain names. Excluded domains are never
+    trained on, whatever else is asked for (their licence forbids it); held-out domains could be,
+    and are kept apart to measure unseen domains. Both are evaluated as unseen.
+    """
+
+    exclude: tuple[str, ...] = ()
+    holdout: tuple[str, ...] = ()
+    context_tokens: Positive = 128
+    scored_tokens: Positive = 256
+    train_documents: Annotated[int, Field(ge=2)] = 320
+    validation_documents: Annotated[int, Field(ge=2)] = 32
+    test_documents: Annotated[int, Field(ge=2)] = 64
+
+
+class ClusterSettings(_Settings):
+    """How training contexts are clustered into the bundle's first snapshot.
+
+    `threshold_percentile`: a prompt less similar to its nearest centroid than this share of the
+    training contexts were to theirs belongs to no cluster.
+    """
+
+    count: Positive = 48
+    token_weights: Literal["uniform", "idf"] = "idf"
+    threshold_percentile: Annotated[float, Field(ge=0, le=50)] = 1.0
+
+
+class StageSettings(_Settings):
+    """One stage of optimisation. A batch is `documents` times `positions` scored tokens.
+
+    `candidates` are the most frequent tokens that the training loss always normalises over, and how
+    many of the others are sampled; None takes the whole vocabulary. Validation always does.
+    """
+
+    steps: Positive = 400
+    documents: Positive = 64
+    positions: Positive = 24
+    candidates: tuple[Positive, Positive] | None = (4096, 3072)
+    learning_rate: Rate = 3e-3
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    clip: Annotated[float, Field(gt=0)] = 1.0
+    evaluate_every: Positive = 50
+    patience: Positive = 4
+
+
+class HyperSettings(StageSettings):
+    """The second stage, in which the hypernetwork learns.
+
+    `bases_rate` scales the learning rate of the shared bases, 0 freezes them. Episodes are
+    clusterings of random subsets of the training contexts; `clusters` bounds how many clusters
+    they have. `dropout` is the share of conditions replaced by none at all.
+    """
+
+    bases_rate: Annotated[float, Field(ge=0, le=1)] = 0.1
+    episodes: Positive = 32
+    clusters: tuple[Positive, Positive] = (8, 256)
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.15
+    core_penalty: Annotated[float, Field(ge=0)] = 1e-3
+
+
+class TrainSettings(_Settings):
+    """A whole run. `workers` 0 trains in this process, N >= 1 in N Ray Train workers."""
+
+    model: str = "smollm2-135m-instruct"
+    seed: int = 0
+    workers: Annotated[int, Field(ge=0)] = 0
+    rank: Positive = 32
+    data: DataSettings = DataSettings()
+    clusters: ClusterSettings = ClusterSettings()
+    hypernetwork: CoreConfig = CoreConfig()
+    static: StageSettings = StageSettings()
+    hyper: HyperSettings = HyperSettings()
+
+
+def load_settings(path: Path, **overrides: Any) -> TrainSettings:
+    """Read a YAML file; `overrides` replace settings by dotted name (`data.holdout`).
+
+    Raises:
+        ConfigError: no such file, not YAML, an unknown key or a value out of range.
+    """
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"cannot read the config {path}: {error}", "config") from error
+    if not isinstance(raw, dict):
+        raise ConfigError(f"the config {path} must be a mapping of settings", "config")
+    for name, value in overrides.items():
+        *parents, leaf = name.split(".")
+        section = raw
+        for parent in parents:
+            section = section.setdefault(parent, {})
+        section[leaf] = value
+    try:
+        return TrainSettings.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise ConfigError(f"{path}: {where}: {first['msg']}", where) from error

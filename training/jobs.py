@@ -1,0 +1,140 @@
+"""The two jobs of the command line: train a bundle, measure a bundle."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cluster_router.wire.errors import BundleError
+from training.artefact import Artefact
+from training.base import FrozenBase
+from training.config import DataSettings, TrainSettings
+from training.corpus import Corpus, Domains
+from training.data import WindowCutter
+from training.evaluate import RESAMPLES, Evaluator
+from training.features import FeatureCache, Features
+from training.optimise import Runtime
+from training.pipeline import train
+
+_WIKITEXT = "wikitext-2/test.raw.txt"
+
+
+def make_corpus(base: FrozenBase, data: Path, cache: Path, settings: DataSettings) -> Corpus:
+    """The corpus of a data folder, its features cached in `cache`.
+
+    Raises:
+        ConfigError: the folder is missing or holds nothing to train on.
+    """
+    return Corpus(
+        folder=data,
+        settings=settings,
+        domains=Domains.of(data, settings),
+        cutter=WindowCutter(base.tokenizer, settings.context_tokens, settings.scored_tokens),
+        cache=FeatureCache(cache, base.fingerprint, base.encode),
+    )
+
+
+@dataclass(frozen=True)
+class TrainJob:
+    """A training run as plain values, so that it can be sent to a worker."""
+
+    settings: TrainSettings
+    data: Path
+    cache: Path
+    created_by: str
+
+    def prepare(self) -> None:
+        """Compute every feature the run needs, so that workers only read them."""
+        self._features()
+
+    def run(self, runtime: Runtime) -> Artefact:
+        """Train; see `training.pipeline.train` for errors."""
+        base, train_set, validation = self._features()
+        trained = train(base, train_set, validation, self.settings, runtime, self.created_by)
+        domains = [window.domain for window in train_set.windows]
+        record = trained.record | {
+            "domains": {name: domains.count(name) for name in dict.fromkeys(domains)}
+        }
+        return Artefact(trained.bundle, trained.static, self.settings, record)
+
+    def _features(self) -> tuple[FrozenBase, Features, Features]:
+        base = FrozenBase.resolve(self.settings.model)
+        corpus = make_corpus(base, self.data, self.cache, self.settings.data)
+        seen = corpus.domains.seen
+        return base, corpus.split("train", seen), corpus.split("validation", seen)
+
+
+@dataclass(frozen=True)
+class EvaluateJob:
+    """Measures a trained bundle on the test split and writes figures and card into its folder.
+
+    Args:
+        bundle: folder that a training run left.
+        data: data folder.
+        cache: feature cache.
+        holdout: folder of a bundle of the same recipe with domains held out, already evaluated:
+            its figures on those domains are carried over, named as what they are.
+    """
+
+    bundle: Path
+    data: Path
+    cache: Path
+    holdout: Path | None = None
+
+    def run(self) -> dict[str, Any]:
+        """The figures, after they are written.
+
+        Raises:
+            BundleError: the bundle is damaged or of another model, or `holdout` has no figures.
+            ConfigError: the data folder cannot be used.
+        """
+        artefact = Artefact.load(self.bundle, None)
+        settings = artefact.settings
+        base = FrozenBase.resolve(settings.model)
+        artefact = Artefact.load(self.bundle, base.fingerprint)
+        corpus = make_corpus(base, self.data, self.cache, settings.data)
+        evaluator = Evaluator(base, artefact.bundle, artefact.static)
+        evaluation = self._measure(corpus, evaluator)
+        if self.holdout is not None:
+            evaluation["twin"] = _twin_figures(self.holdout, settings)
+        artefact.with_evaluation(evaluation).replace(self.bundle)
+        return evaluation
+
+    def _measure(self, corpus: Corpus, evaluator: Evaluator) -> dict[str, Any]:
+        data = corpus.settings
+        figures: dict[str, Any] = {
+            "protocol": {
+                "split": "test",
+                "context_tokens": data.context_tokens,
+                "scored_tokens": data.scored_tokens,
+                "resamples": RESAMPLES,
+                "interval": "95 %, documents resampled within each domain",
+            },
+        }
+        for group in ("seen", "excluded", "held_out"):
+            if names := getattr(corpus.domains, group):
+                losses = evaluator.losses(corpus.split("test", names), group)
+                figures[group] = evaluator.report(losses)
+        path = self.data / _WIKITEXT
+        if windows := corpus.cutter.cut_running_text(path, "wikitext-2", data.test_documents):
+            features = corpus.cache.features(windows, "wikitext-2")
+            figures["wikitext"] = evaluator.report(evaluator.losses(features, "wikitext-2"))
+        return figures
+
+
+def _twin_figures(path: Path, settings: TrainSettings) -> dict[str, Any]:
+    """Figures on the held-out domains of the bundle at `path`, trained like this one but for them."""
+    try:
+        evaluation = json.loads((path / "evaluation.json").read_bytes())
+        figures: dict[str, Any] = evaluation["held_out"]
+        other = Artefact.load(path, None).settings
+    except (OSError, ValueError, KeyError) as error:
+        raise BundleError(
+            f"{path} has no figures of held-out domains: {error}", "holdout"
+        ) from error
+    data = other.data.model_copy(update={"holdout": settings.data.holdout})
+    if other.model_copy(update={"data": data}) != settings:
+        raise BundleError(f"{path} was trained with other settings than this bundle", "holdout")
+    return figures
