@@ -23,22 +23,30 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 
 
 def build_app(
-    service: ServiceSource, readiness: Readiness, chat_max_tokens: int | None = None
+    service: ServiceSource,
+    readiness: Readiness,
+    chat_max_tokens: int | None = None,
+    return_request_id: bool = True,
 ) -> FastAPI:
     """The OpenAI-compatible API.
+
+    Build it where it runs: FastAPI's routers hold locks, so an app cannot be pickled. Under Ray
+    Serve that is a deployment's `__serve_build_asgi_app__`, with `@serve.ingress()` above it.
 
     Args:
         service: gives the service; called for every request, and may raise UnavailableError.
         readiness: None when requests can be served, otherwise the reason why not.
         chat_max_tokens: most tokens of a chat answer whose request names no limit. None leaves it
             the rest of the context.
+        return_request_id: whether answers carry `x-request-id`. Ray Serve's proxy adds that header
+            itself, so turn it off there.
     """
     app = FastAPI(
         title="ChameleonLLM",
         summary="OpenAI-compatible API of a model that adapts to its traffic.",
         responses=_ERRORS,
     )
-    app.add_middleware(RequestIds)
+    app.add_middleware(RequestIds, returned=return_request_id)
     for kind in (HTTPException, RequestValidationError):
         app.add_exception_handler(kind, _answer_error)
     app.include_router(openai_routes(service, chat_max_tokens))

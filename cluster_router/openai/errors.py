@@ -13,7 +13,12 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from typing_extensions import TypedDict
 
-from cluster_router.wire.errors import ChameleonError, OverloadedError, RequestError
+from cluster_router.wire.errors import (
+    ChameleonError,
+    OverloadedError,
+    RequestError,
+    SetupError,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -94,12 +99,18 @@ def _causes(error: BaseException) -> list[BaseException]:
 
 
 def _known(error: BaseException) -> ErrorAnswer | None:
+    if isinstance(error, SetupError):
+        return None  # It speaks to the operator, of files and settings: it belongs in the log.
     if isinstance(error, ChameleonError):
         return _from_chameleon(error)
     if isinstance(error, RequestValidationError):
         return _from_validation(error.errors())
     if isinstance(error, HTTPException):
         return _from_http(error)
+    return _from_ray(error)
+
+
+def _from_ray(error: BaseException) -> ErrorAnswer | None:
     names = {parent.__name__ for parent in type(error).__mro__}
     if names & _OVERLOADED:
         wait = getattr(error, "retry_after_s", None) or 1.0

@@ -29,10 +29,15 @@ class RequestIds:
     """ASGI middleware: takes or makes a request id, returns it, and turns exceptions into answers.
 
     A caller's id is used as far as it is safe to log and to send back.
+
+    Args:
+        app: what is wrapped.
+        returned: whether to return the id; not where a proxy in front does.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, returned: bool = True) -> None:
         self._app = app
+        self._returned = returned
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request."""
@@ -48,7 +53,8 @@ class RequestIds:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
-                MutableHeaders(scope=message)[HEADER] = request_id
+                if self._returned:
+                    MutableHeaders(scope=message)[HEADER] = request_id
             await send(message)
 
         try:

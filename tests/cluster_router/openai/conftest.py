@@ -3,10 +3,16 @@
 import asyncio
 from collections.abc import AsyncIterator
 from types import SimpleNamespace
+from typing import Any
 
 import httpx
 import numpy as np
 import pytest
+from fastapi import FastAPI
+from openai import AsyncOpenAI
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
 from cluster_router.clusters import Assigner
 from cluster_router.embedding import TokenEmbedder
 from cluster_router.http import build_app
@@ -15,9 +21,6 @@ from cluster_router.prompts import PromptEncoder
 from cluster_router.router import ClusterRouter, ServedModel
 from cluster_router.wire.snapshot import ClusterSnapshot
 from cluster_router.wire.types import TokenChunk, TokenizedRequest, TokenLogprob
-from openai import AsyncOpenAI
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 MODEL = "tiny/bytes"
 CONTEXT = 256
@@ -124,7 +127,7 @@ def _byte_characters() -> list[tuple[int, str]]:
 
 
 class ZipExporter:
-    async def export(self, key, conditioning) -> bytes:
+    async def export(self, key: Any, conditioning: Any) -> bytes:
         return b"PK" + key.id.encode()
 
 
@@ -161,33 +164,38 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return byte_tokenizer()
 
 
+@pytest.fixture(scope="session")
+def stage() -> SimpleNamespace:
+    """What the session's app reaches at this moment: a router, and why it is not ready."""
+    return SimpleNamespace(router=None, reason=None)
+
+
+@pytest.fixture(scope="session")
+def built(stage: SimpleNamespace) -> FastAPI:
+    async def ready() -> str | None:
+        return stage.reason
+
+    return build_app(lambda: stage.router, ready, chat_max_tokens=20)
+
+
 @pytest.fixture
-def worker(tokenizer) -> ScriptedWorker:
+def worker(tokenizer: PreTrainedTokenizerFast) -> ScriptedWorker:
     return ScriptedWorker(tokenizer)
 
 
 @pytest.fixture
-def readiness() -> SimpleNamespace:
-    return SimpleNamespace(reason=None)
+def app(built: FastAPI, stage: SimpleNamespace, worker: ScriptedWorker) -> FastAPI:
+    stage.router, stage.reason = build_router(worker), None
+    return built
 
 
 @pytest.fixture
-def app(worker, readiness):
-    router = build_router(worker)
-
-    async def ready():
-        return readiness.reason
-
-    return build_app(lambda: router, ready, chat_max_tokens=20)
-
-
-@pytest.fixture
-async def http(app):
+async def http(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
     transport = httpx.ASGITransport(app, raise_app_exceptions=True)
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
         yield client
 
 
 @pytest.fixture
-def client(http) -> AsyncOpenAI:
+def client(http: httpx.AsyncClient) -> AsyncOpenAI:
     return AsyncOpenAI(api_key="unused", base_url="http://test/v1", http_client=http, max_retries=0)

@@ -1,13 +1,18 @@
+from typing import Any
+
+import httpx
 import pytest
+from openai import AsyncOpenAI
+from transformers import PreTrainedTokenizerFast
 
 MODEL = "tiny/bytes"
 
 
-async def complete(client, **fields):
+async def complete(client: AsyncOpenAI, **fields: Any) -> Any:
     return await client.completions.create(**({"model": MODEL, "prompt": "xxx"} | fields))
 
 
-async def test_a_completion_through_the_official_client(client, worker):
+async def test_a_completion_through_the_official_client(client: AsyncOpenAI, worker: Any) -> None:
     answer = await complete(client, max_tokens=4)
     assert answer.id.startswith("cmpl-")
     assert answer.object == "text_completion"
@@ -19,7 +24,7 @@ async def test_a_completion_through_the_official_client(client, worker):
     assert worker.open == 0
 
 
-async def test_every_answer_says_what_adapted_it(client):
+async def test_every_answer_says_what_adapted_it(client: AsyncOpenAI) -> None:
     answer = await complete(client, max_tokens=1)
     assert answer.adaptation["mode"] == "cluster"
     assert answer.adaptation["cluster"] == 3
@@ -32,23 +37,27 @@ async def test_every_answer_says_what_adapted_it(client):
     ("adaptation", "mode", "cluster"),
     [("auto", "cluster", 3), ("off", "off", None), (8, "cluster", 8)],
 )
-async def test_the_caller_chooses_the_adaptation(client, adaptation, mode, cluster):
+async def test_the_caller_chooses_the_adaptation(
+    client: AsyncOpenAI, adaptation: Any, mode: str, cluster: int | None
+) -> None:
     answer = await complete(client, extra_body={"adaptation": adaptation})
     assert (answer.adaptation["mode"], answer.adaptation["cluster"]) == (mode, cluster)
 
 
-async def test_a_prompt_that_resembles_no_cluster_runs_static(client):
+async def test_a_prompt_that_resembles_no_cluster_runs_static(client: AsyncOpenAI) -> None:
     answer = await complete(client, prompt="A stranger in town")
     assert answer.adaptation["mode"] == "static"
     assert answer.adaptation["similarity"] < 0.9
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_several_prompts_are_answered_in_order_each_with_its_adaptation(client, stream):
+async def test_several_prompts_are_answered_in_order_each_with_its_adaptation(
+    client: AsyncOpenAI, stream: bool
+) -> None:
     fields = {"prompt": ["xx", "yyy"], "n": 2, "max_tokens": 2, "seed": 1}
     if stream:
         events = [event async for event in await complete(client, **fields, stream=True)]
-        texts = {index: "" for index in range(4)}
+        texts = dict.fromkeys(range(4), "")
         clusters = {}
         for event in events:
             [choice] = event.choices
@@ -70,7 +79,9 @@ async def test_several_prompts_are_answered_in_order_each_with_its_adaptation(cl
     ("prompt", "tokens"),
     [("xy", [["x", "y"]]), (["x", "y"], [["x"], ["y"]]), ([87, 88], None), ([[87], [88]], None)],
 )
-async def test_every_form_of_prompt(client, worker, tokenizer, prompt, tokens):
+async def test_every_form_of_prompt(
+    client: AsyncOpenAI, worker: Any, tokenizer: PreTrainedTokenizerFast, prompt: Any, tokens: Any
+) -> None:
     await complete(client, prompt=prompt)
     sent = [list(request.prompt_tokens) for request in worker.requests]
     if tokens is None:
@@ -79,7 +90,7 @@ async def test_every_form_of_prompt(client, worker, tokenizer, prompt, tokens):
         assert [tokenizer.convert_ids_to_tokens(ids) for ids in sent] == tokens
 
 
-async def test_every_parameter_reaches_the_worker(client, worker):
+async def test_every_parameter_reaches_the_worker(client: AsyncOpenAI, worker: Any) -> None:
     await complete(
         client,
         max_tokens=9,
@@ -124,7 +135,7 @@ async def test_every_parameter_reaches_the_worker(client, worker):
     }
 
 
-async def test_null_means_the_default(http, worker):
+async def test_null_means_the_default(http: httpx.AsyncClient, worker: Any) -> None:
     names = (
         "max_tokens temperature top_p stop n seed echo logprobs best_of suffix stream user "
         "logit_bias stream_options top_k adaptation presence_penalty stop_token_ids"
@@ -137,25 +148,31 @@ async def test_null_means_the_default(http, worker):
 
 
 @pytest.mark.parametrize(("seed", "sent"), [(-1, 2**63 - 1), (2**63, 0), (10**30, 10**30 % 2**63)])
-async def test_any_seed_fits_the_engine(client, worker, seed, sent):
+async def test_any_seed_fits_the_engine(
+    client: AsyncOpenAI, worker: Any, seed: int, sent: int
+) -> None:
     await complete(client, seed=seed)
     assert worker.requests[0].sampling.seed == sent
 
 
-async def test_samples_without_a_seed_stay_without(client, worker):
+async def test_samples_without_a_seed_stay_without(client: AsyncOpenAI, worker: Any) -> None:
     await complete(client, n=3)
     assert [request.sampling.seed for request in worker.requests] == [None] * 3
     assert len({request.request_id for request in worker.requests}) == 3
 
 
 @pytest.mark.parametrize("prompt", ["xyz", [87, 88, 89], [[87, 88, 89]]])
-async def test_echo_without_logprobs(client, tokenizer, prompt):
+async def test_echo_without_logprobs(
+    client: AsyncOpenAI, tokenizer: PreTrainedTokenizerFast, prompt: Any
+) -> None:
     answer = await complete(client, prompt=prompt, echo=True, max_tokens=2)
     text = "xyz" if prompt == "xyz" else tokenizer.decode([87, 88, 89])
     assert answer.choices[0].text == text + "ab"
 
 
-async def test_the_echo_of_tokens_keeps_characters_that_span_several(client, tokenizer):
+async def test_the_echo_of_tokens_keeps_characters_that_span_several(
+    client: AsyncOpenAI, tokenizer: PreTrainedTokenizerFast
+) -> None:
     tokens = tokenizer.encode("a€")
     answer = await complete(client, prompt=tokens, echo=True, max_tokens=0, logprobs=0)
     assert answer.choices[0].text == "a€"
@@ -164,14 +181,16 @@ async def test_the_echo_of_tokens_keeps_characters_that_span_several(client, tok
     assert logprobs.text_offset == [0, 1, 1, 1]
 
 
-async def test_the_caller_who_leaves_out_echo_may_not_ask_for_no_tokens(http):
+async def test_the_caller_who_leaves_out_echo_may_not_ask_for_no_tokens(
+    http: httpx.AsyncClient,
+) -> None:
     body = {"model": MODEL, "prompt": "x", "max_tokens": 0}
     answer = await http.post("/v1/completions", json=body)
     assert answer.status_code == 400
     assert answer.json()["error"]["param"] == "max_tokens"
 
 
-async def test_streamed_and_whole_answers_agree(client):
+async def test_streamed_and_whole_answers_agree(client: AsyncOpenAI) -> None:
     fields = {"prompt": "xy€", "echo": True, "logprobs": 2, "max_tokens": 3, "seed": 2}
     whole = (await complete(client, **fields)).choices[0]
     text, logprobs = "", {}
@@ -185,7 +204,7 @@ async def test_streamed_and_whole_answers_agree(client):
     assert choice.finish_reason == "length"
 
 
-def test_a_logprob_of_minus_infinity_can_be_sent():
+def test_a_logprob_of_minus_infinity_can_be_sent() -> None:
     from cluster_router.openai.logprobs import LegacyLogprobs
     from cluster_router.wire.types import TokenLogprob
 
@@ -195,7 +214,7 @@ def test_a_logprob_of_minus_infinity_can_be_sent():
     assert taken["top_logprobs"] == [{"a": -9999.0, "b": -0.1}]
 
 
-def test_of_alternatives_with_one_text_the_likeliest_counts():
+def test_of_alternatives_with_one_text_the_likeliest_counts() -> None:
     from cluster_router.openai.logprobs import LegacyLogprobs
     from cluster_router.wire.types import TokenLogprob
 
@@ -205,7 +224,7 @@ def test_of_alternatives_with_one_text_the_likeliest_counts():
 
 
 @pytest.mark.parametrize("max_tokens", [0, 1])
-async def test_scoring_as_lm_eval_does_it(http, max_tokens):
+async def test_scoring_as_lm_eval_does_it(http: httpx.AsyncClient, max_tokens: int) -> None:
     """The request and the parsing of lm-eval's `local-completions`, on two requests."""
     prompts, context_lengths = [[87, 88, 89], [88, 88, 88, 91]], [1, 2]
     body = {
