@@ -205,6 +205,12 @@ def _snapshot(model: str, local: bool) -> Path:
             "the hub cannot be reached, nothing usable is in its local cache, and there is no "
             "folder of this name; fix the path or the network"
         ) from error
+    except Exception as error:
+        # The client lets the errors of whichever transport it uses through.
+        raise ModelError(
+            f"the download failed ({type(error).__name__}: {error}); start again, "
+            "it goes on from where it stopped"
+        ) from error
     return Path(folder)
 
 

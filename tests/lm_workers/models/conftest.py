@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import threading
 import zipfile
@@ -102,8 +103,11 @@ def interleave(weight: torch.Tensor, heads: int) -> torch.Tensor:
     return weight.view(heads, 2, rows // heads // 2, columns).transpose(1, 2).reshape(rows, columns)
 
 
-def write_gguf(path: Path, folder: Path) -> Path:
-    """The llama in `folder` as a float32 GGUF, with its tokenizer and chat template."""
+def write_gguf(path: Path, folder: Path, split: str = "gpt-2") -> Path:
+    """The llama in `folder` as a float32 GGUF, with its tokenizer and chat template.
+
+    `split` is llama.cpp's name for the way text is cut before merging.
+    """
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     config, weights = model.config, model.state_dict()
     writer = gguf.GGUFWriter(path, "llama")
@@ -116,7 +120,7 @@ def write_gguf(path: Path, folder: Path) -> Path:
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_vocab_size(config.vocab_size)
-    _add_tokenizer(writer)
+    _add_tokenizer(writer, split)
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     for name, tensor in weights.items():
         if name == "lm_head.weight":
@@ -131,27 +135,21 @@ def write_gguf(path: Path, folder: Path) -> Path:
     return path
 
 
-def _add_tokenizer(writer: gguf.GGUFWriter) -> None:
+def _add_tokenizer(writer: gguf.GGUFWriter, split: str) -> None:
     tokenizer = build_tokenizer()
     vocab = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().__getitem__)
     vocab += [f"<unused{i}>" for i in range(VOCAB - len(vocab))]
     types = gguf.TokenType
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
+    writer.add_tokenizer_pre(split)
     writer.add_token_list(vocab)
     writer.add_token_types([types.CONTROL, types.CONTROL, *[types.NORMAL] * (VOCAB - 2)])
-    state = tokenizer.backend_tokenizer.to_str()
-    writer.add_token_merges([" ".join(pair) for pair in _merges(state)])
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    writer.add_token_merges([" ".join(pair) for pair in state["model"]["merges"]])
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(1)
     writer.add_pad_token_id(1)
     writer.add_chat_template(CHAT)
-
-
-def _merges(state: str) -> list[list[str]]:
-    import json
-
-    return json.loads(state)["model"]["merges"]
 
 
 def _gguf_name(name: str) -> str:
@@ -176,6 +174,13 @@ def _gguf_name(name: str) -> str:
 @pytest.fixture(scope="session")
 def tiny_gguf(tmp_path_factory: pytest.TempPathFactory, checkpoints: dict[str, Path]) -> Path:
     return write_gguf(tmp_path_factory.mktemp("gguf") / "tiny.gguf", checkpoints["llama"])
+
+
+@pytest.fixture(scope="session")
+def digits_gguf(tmp_path_factory: pytest.TempPathFactory, checkpoints: dict[str, Path]) -> Path:
+    """The same model, trained on text in which every digit stands alone."""
+    path = tmp_path_factory.mktemp("gguf") / "digits.gguf"
+    return write_gguf(path, checkpoints["llama"], split="smollm")
 
 
 def write_wheel(path: Path, member: Path) -> Path:
@@ -207,7 +212,9 @@ class FileServer:
         self.failures: list[int] = []
         self.requests: list[tuple[str, str | None]] = []
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
-        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
+        self._thread = threading.Thread(
+            target=self._server.serve_forever, args=(0.01,), daemon=True
+        )
 
     @property
     def url(self) -> str:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -34,6 +35,19 @@ def test_tokenizer_survives(converted: Path, checkpoints: dict[str, Path]) -> No
     assert after.apply_chat_template(chat) == before.apply_chat_template(chat)
     assert (after.bos_token, after.eos_token) == ("<s>", "</s>")
     assert after("<|endoftext|>").input_ids == before("<|endoftext|>").input_ids
+
+
+def test_digits_stand_alone_where_the_model_learned_it_so(
+    converted: Path, digits_gguf: Path, tmp_path: Path
+) -> None:
+    digits = load_tokenizer(convert_gguf(digits_gguf, tmp_path / "digits", ""))
+    assert pieces(digits, "x   12") == ["x", "ĠĠĠ", "1", "2"]
+    assert pieces(load_tokenizer(converted), "x   12") == ["x", "ĠĠ", "Ġ12"]
+
+
+def pieces(tokenizer: Any, text: str) -> list[str]:
+    split = tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str(text)
+    return [piece for piece, _ in split]
 
 
 def test_folder_is_plain_and_shared(converted: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from cluster_router.wire.errors import ModelError
 from lm_workers.models import (
     DEFAULT_MODEL,
     describe_model,
@@ -26,7 +27,13 @@ def folder() -> Path:
 
 
 def test_index_serves_the_pinned_wheel() -> None:
-    assert find_wheel(SMOLLM2.requirement).endswith(SMOLLM2.wheel)
+    try:
+        url = find_wheel(SMOLLM2.requirement)
+    except ModelError as error:
+        if "cannot be reached" not in str(error):
+            raise
+        pytest.skip("no package index from here")
+    assert url.endswith(SMOLLM2.wheel)
 
 
 def test_facts(folder: Path) -> None:
