@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
-
-import numpy as np
 
 from cluster_router.index import CentroidIndex
 from cluster_router.vocabulary import Describe
@@ -27,20 +24,26 @@ class _Clusters:
     index: CentroidIndex
     describe: Describe
 
-    @cached_property
-    def words(self) -> list[tuple[str, ...]]:
-        """Characteristic tokens of each row; computed when first shown."""
-        return list(self.describe(self.snapshot.centroids - self.snapshot.mean))
+    words: dict[int, tuple[str, ...]] = field(default_factory=dict)
+
+    def words_of(self, rows: Sequence[int]) -> list[tuple[str, ...]]:
+        """Characteristic tokens of the clusters in `rows`, found when first asked for."""
+        missing = [row for row in rows if row not in self.words]
+        if missing:
+            directions = self.snapshot.centroids[missing] - self.snapshot.mean
+            self.words.update(zip(missing, self.describe(directions), strict=True))
+        return [self.words[row] for row in rows]
 
 
 class Assigner:
     """Chooses the update a prompt runs under.
 
     Args:
-        snapshot: the clusters to begin with; may hold none.
+        snapshot: the clusters to begin with; `ClusterSnapshot.empty` where there are none.
         index_factory: builds the search index over a snapshot's centroids.
         base: content id of the base model, for adapter keys.
-        hypernetwork: content id of the hypernetwork checkpoint, for adapter keys.
+        hypernetwork: content id of the hypernetwork checkpoint, for adapter keys. None where
+            nothing can be adapted: every request then runs on the base model.
         describe: names clusters for people; without it they are shown without words.
     """
 
@@ -49,7 +52,7 @@ class Assigner:
         snapshot: ClusterSnapshot,
         index_factory: IndexFactory,
         base: str,
-        hypernetwork: str,
+        hypernetwork: str | None,
         describe: Describe | None = None,
     ) -> None:
         self._index_factory = index_factory
@@ -87,7 +90,7 @@ class Assigner:
             UnknownClusterError: no cluster has the id `mode`.
         """
         clusters = self._clusters
-        if mode == "off":
+        if mode == "off" or (mode == "auto" and self._hypernetwork is None):
             return Assignment(key=None, snapshot_version=clusters.snapshot.version)
         if mode != "auto":
             return self._adapted(clusters.snapshot, _row(clusters.snapshot, mode), None)
@@ -110,7 +113,7 @@ class Assigner:
     def clusters(self) -> list[ClusterInfo]:
         """Every cluster of the snapshot, in its order."""
         clusters = self._clusters
-        return [self._info(clusters, row) for row in range(len(clusters.snapshot))]
+        return self._infos(clusters, range(len(clusters.snapshot)))
 
     def cluster(self, cluster: int) -> ClusterInfo:
         """One cluster.
@@ -119,17 +122,20 @@ class Assigner:
             UnknownClusterError: no cluster has this id.
         """
         clusters = self._clusters
-        return self._info(clusters, _row(clusters.snapshot, cluster))
+        return self._infos(clusters, [_row(clusters.snapshot, cluster)])[0]
 
     def _build(self, snapshot: ClusterSnapshot) -> _Clusters:
         return _Clusters(snapshot, self._index_factory(snapshot.centroids), self._describe)
 
-    def _key(self, snapshot: ClusterSnapshot, row: int) -> AdapterKey:
+    def _key(self, snapshot: ClusterSnapshot, row: int | None) -> AdapterKey:
+        assert self._hypernetwork is not None, "a snapshot with clusters needs a hypernetwork"
+        if row is None:
+            return AdapterKey(self._base, self._hypernetwork, cluster=None, version=0)
         cluster, version = int(snapshot.ids[row]), int(snapshot.versions[row])
         return AdapterKey(self._base, self._hypernetwork, cluster, version)
 
     def _static(self, snapshot: ClusterSnapshot, similarity: float | None) -> Assignment:
-        key = AdapterKey(self._base, self._hypernetwork, cluster=None, version=0)
+        key = self._key(snapshot, None)
         return Assignment(key, similarity=similarity, snapshot_version=snapshot.version)
 
     def _adapted(self, snapshot: ClusterSnapshot, row: int, similarity: float | None) -> Assignment:
@@ -141,15 +147,19 @@ class Assigner:
             conditioning=snapshot.conditioning_of(row),
         )
 
-    def _info(self, clusters: _Clusters, row: int) -> ClusterInfo:
-        key = self._key(clusters.snapshot, row)
-        return ClusterInfo(
-            id=int(clusters.snapshot.ids[row]),
-            size=int(clusters.snapshot.sizes[row]),
-            version=key.version,
-            adapter_key=key.id,
-            characteristic_tokens=clusters.words[row],
-        )
+    def _infos(self, clusters: _Clusters, rows: Sequence[int]) -> list[ClusterInfo]:
+        snapshot = clusters.snapshot
+        keys = [self._key(snapshot, row) for row in rows]
+        return [
+            ClusterInfo(
+                id=int(snapshot.ids[row]),
+                size=int(snapshot.sizes[row]),
+                version=key.version,
+                adapter_key=key.id,
+                characteristic_tokens=words,
+            )
+            for row, key, words in zip(rows, keys, clusters.words_of(rows), strict=True)
+        ]
 
 
 def _row(snapshot: ClusterSnapshot, cluster: int) -> int:
@@ -163,4 +173,4 @@ def _row(snapshot: ClusterSnapshot, cluster: int) -> int:
 
 
 def _no_words(directions: FloatArray) -> list[tuple[str, ...]]:
-    return [()] * len(np.asarray(directions))
+    return [()] * len(directions)

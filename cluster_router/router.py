@@ -99,7 +99,7 @@ class ClusterRouter:
         """How many tokens the context has left after `prompt_tokens`; never below 0."""
         return self._prompts.remaining(prompt_tokens)
 
-    async def run(self, request: TokenizedRequest) -> AsyncIterator[TokenChunk]:
+    async def run(self, request: TokenizedRequest) -> AsyncGenerator[TokenChunk, None]:
         """Stream the answer to a prepared request.
 
         Closing this generator, or cancelling the task that reads it, closes the worker's stream.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from queue import Empty, SimpleQueue
 from typing import Protocol
 
@@ -56,7 +56,7 @@ class LMWorker:
         """Whether the engine's thread runs."""
         return self._thread.is_alive()
 
-    async def generate(self, request: TokenizedRequest) -> AsyncIterator[TokenChunk]:
+    async def generate(self, request: TokenizedRequest) -> AsyncGenerator[TokenChunk, None]:
         """Stream a request's chunks; closing the stream early aborts the request.
 
         Raises:

@@ -58,6 +58,13 @@ class ClusterSnapshot:
         if count and np.abs(np.linalg.norm(self.centroids, axis=1) - 1).max() > 1e-3:
             raise BundleError("snapshot: centroids must have unit length")
 
+    @classmethod
+    def empty(cls, dim: int) -> ClusterSnapshot:
+        """No clusters yet, of embeddings of size `dim`."""
+        none = np.zeros(0, np.int64)
+        flat = np.zeros((0, dim), np.float32)
+        return cls(0, none, flat, none, none, flat, np.zeros(dim, np.float32), threshold=1.0)
+
     def __len__(self) -> int:
         return len(self.ids)
 

@@ -5,6 +5,7 @@ from lm_workers.models.load import (
     auto_dtype,
     load_causal_lm,
     load_embedding,
+    load_lm_head,
     load_tokenizer,
     resolve_dtype,
 )
@@ -18,6 +19,7 @@ __all__ = [
     "fingerprint",
     "load_causal_lm",
     "load_embedding",
+    "load_lm_head",
     "load_tokenizer",
     "resolve_dtype",
     "resolve_model",

@@ -28,6 +28,7 @@ EMBEDDINGS = (
     "embed_in.weight",  # GPT-NeoX
     "word_embeddings.weight",  # BLOOM, Falcon
 )
+LM_HEADS = ("lm_head.weight", "embed_out.weight")
 
 
 def load_causal_lm(path: Path, dtype: torch.dtype, device: str) -> PreTrainedModel:
@@ -80,6 +81,15 @@ def load_embedding(path: Path, dtype: torch.dtype = torch.float32) -> torch.Tens
     if not torch.isfinite(matrix).all():
         raise _not_finite(stored.file, stored.name, dtype)
     return matrix
+
+
+def load_lm_head(path: Path, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """The LM head's weight [vocab, hidden]; where none is stored it is tied to the embedding."""
+    tensors = stored_tensors(path)
+    for name in LM_HEADS:
+        if name in tensors:
+            return tensors[name].read().to(dtype)
+    return load_embedding(path, dtype)
 
 
 def find_embedding(tensors: Mapping[str, StoredTensor]) -> StoredTensor:

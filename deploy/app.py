@@ -1,0 +1,49 @@
+"""The Serve application: binds the plain parts to each other.
+
+    serve run deploy/config.yaml
+
+Only here are deployments made of classes. Replicas, autoscaling and resources are set under
+`deployments:` in the config file; the values below are what holds without it.
+"""
+
+from __future__ import annotations
+
+from ray import serve
+from ray.serve import Application
+
+from deploy.config import AppConfig
+from deploy.parts import GeneratorReplica, LMReplica, RouterReplica
+
+
+def build(config: AppConfig) -> Application:
+    """Bind router, generator and LM replicas.
+
+    Raises:
+        pydantic.ValidationError: a setting is unknown or out of range.
+        ConfigError: the bundle does not exist.
+    """
+    generator = None
+    if config.bundle_path is not None:
+        generator = (
+            serve.deployment(GeneratorReplica)
+            .options(name="AdapterGenerator", ray_actor_options={"num_cpus": 0.1})
+            .bind(config)
+        )
+    # Serve must let every request through to the engine, which has the queues by cluster.
+    capacity = config.engine.max_sequences + config.engine.max_queued
+    lm = (
+        serve.deployment(LMReplica)
+        .options(
+            name="LMReplica",
+            max_ongoing_requests=capacity,
+            ray_actor_options={"num_cpus": 0.5},
+            health_check_period_s=5,
+        )
+        .bind(config, generator)
+    )
+    router = serve.deployment(serve.ingress()(RouterReplica)).options(
+        name="ClusterRouter",
+        max_ongoing_requests=2 * capacity,
+        ray_actor_options={"num_cpus": 0.1},
+    )
+    return router.bind(config, lm, generator)

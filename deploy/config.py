@@ -1,0 +1,92 @@
+"""Settings of the application: the `args` of `deploy/config.yaml`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from cluster_router.index import Device
+from cluster_router.wire.errors import ConfigError
+from lm_workers.config import EngineConfig
+from lm_workers.models import DEFAULT_MODEL
+
+SHIPPED = Path(__file__).parent / "bundles"
+"""Bundles that come with the project, by name."""
+
+
+class RouterConfig(BaseModel):
+    """The front door.
+
+    Attributes:
+        index_device: where FAISS searches the centroids.
+        chat_max_tokens: longest chat answer when the request sets none; None is all that is left
+            of the context.
+        content_tokens: how many tokens of a prompt, from its start, choose its cluster.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    index_device: Device = "auto"
+    chat_max_tokens: Annotated[int, Field(gt=0)] | None = None
+    content_tokens: Annotated[int, Field(gt=0)] = 256
+
+
+class GeneratorConfig(BaseModel):
+    """The adapter generator.
+
+    Attributes:
+        cache_bytes: bytes of generated updates kept.
+        device: where the hypernetwork runs.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    cache_bytes: Annotated[int, Field(gt=0)] = 2**28
+    device: str = "cpu"
+
+
+class AppConfig(BaseModel):
+    """What is served, and how.
+
+    Attributes:
+        model: the embedded default's name, a Hugging Face id, a local folder or a GGUF file.
+        served_name: name clients use in `model`; None is `model` itself.
+        bundle: name of a shipped bundle or path of one; None serves the base model unadapted.
+        engine, router, generator: settings of the parts. How many replicas of each, and on what
+            resources, is Serve's own `deployments:` section.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: Annotated[str, Field(min_length=1)] = DEFAULT_MODEL
+    served_name: Annotated[str, Field(min_length=1)] | None = None
+    bundle: str | None = DEFAULT_MODEL
+    engine: EngineConfig = EngineConfig()
+    router: RouterConfig = RouterConfig()
+    generator: GeneratorConfig = GeneratorConfig()
+
+    @property
+    def name(self) -> str:
+        """Name under which the model is served."""
+        return self.served_name or self.model
+
+    @property
+    def bundle_path(self) -> Path | None:
+        """Directory of the bundle.
+
+        Raises:
+            ConfigError: there is none of that name or path.
+        """
+        if self.bundle is None:
+            return None
+        for path in (SHIPPED / self.bundle, Path(self.bundle).expanduser()):
+            if path.is_dir():
+                return path.resolve()
+        shipped = sorted(path.name for path in SHIPPED.iterdir()) if SHIPPED.is_dir() else []
+        raise ConfigError(
+            f"bundle {self.bundle!r} is neither a directory nor a shipped bundle ({shipped}); "
+            "correct it, or set it to null to serve the base model unadapted",
+            "bundle",
+        )

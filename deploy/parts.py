@@ -1,0 +1,237 @@
+"""The three deployments: what each replica builds, and how they reach each other through Serve.
+
+The classes are plain; `deploy/app.py` decorates and binds them. Each wraps an object that knows
+nothing of Ray.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator
+
+import ray
+from cachetools import LRUCache
+from fastapi import FastAPI
+from ray.serve.handle import DeploymentHandle
+
+from adapter_gen.bundle import Bundle
+from adapter_gen.export import export_peft, zip_files
+from adapter_gen.generator import AdapterGenerator
+from adapter_gen.update import LoraDelta
+from cluster_router.clusters import Assigner
+from cluster_router.embedding import TokenEmbedder
+from cluster_router.http import build_app
+from cluster_router.index import FaissIndex
+from cluster_router.prompts import PromptEncoder
+from cluster_router.router import ClusterRouter, ServedModel
+from cluster_router.vocabulary import CharacteristicTokens
+from cluster_router.wire.errors import BundleError, UnavailableError
+from cluster_router.wire.snapshot import ClusterSnapshot
+from cluster_router.wire.types import (
+    AdapterKey,
+    Assignment,
+    ClusterInfo,
+    Conditioning,
+    GenerateRequest,
+    GenerateResult,
+    TokenChunk,
+    TokenizedRequest,
+)
+from deploy.config import AppConfig
+from lm_workers.build import build_engine
+from lm_workers.models import (
+    ModelInfo,
+    describe_model,
+    load_embedding,
+    load_lm_head,
+    load_tokenizer,
+    resolve_model,
+)
+from lm_workers.worker import LMWorker
+
+
+def _load_bundle(config: AppConfig, info: ModelInfo) -> Bundle | None:
+    path = config.bundle_path
+    return None if path is None else Bundle.load(path, info.fingerprint)
+
+
+class GeneratorReplica:
+    """Serves an AdapterGenerator: updates as numpy in the object store."""
+
+    def __init__(self, config: AppConfig) -> None:
+        self._path = resolve_model(config.model)
+        self._base_model = config.model
+        bundle = _load_bundle(config, describe_model(self._path, config.name))
+        if bundle is None:
+            raise BundleError("there is no bundle to generate from; set `bundle`")
+        self._bundle = bundle
+        self._generator = AdapterGenerator(
+            bundle, config.generator.cache_bytes, config.generator.device
+        )
+        # One object a key, however many replicas ask; the store keeps it while the ref lives.
+        self._refs: LRUCache[str, ray.ObjectRef] = LRUCache(
+            max(1, config.generator.cache_bytes // (2 * bundle.spec.numbers_per_cluster))
+        )
+
+    async def get(self, key: AdapterKey, conditioning: Conditioning | None) -> list[ray.ObjectRef]:
+        """A reference to the update `key`, in a list so that Serve does not resolve it."""
+        delta = await self._generator.get(key, conditioning)
+        if key.id not in self._refs:
+            self._refs[key.id] = ray.put(delta)
+        return [self._refs[key.id]]
+
+    async def export(self, key: AdapterKey, conditioning: Conditioning | None) -> bytes:
+        """The update as a zip archive of a PEFT adapter."""
+        delta = await self._generator.get(key, conditioning)
+        bundle = self._bundle
+        head = load_lm_head(self._path)
+        return zip_files(export_peft(delta, bundle.spec, bundle.bases, self._base_model, head))
+
+
+class RemoteGenerator:
+    """The generator, seen through its handle. Satisfies AdapterSource and Exporter.
+
+    Without a bundle there is none, and no request is ever assigned an update.
+    """
+
+    def __init__(self, handle: DeploymentHandle | None) -> None:
+        self._handle = handle
+
+    async def get(self, key: AdapterKey, conditioning: Conditioning | None) -> LoraDelta:
+        """See AdapterGenerator.get; a reference whose object was lost is asked for once more."""
+        try:
+            return await self._fetch(key, conditioning)
+        except ray.exceptions.ObjectLostError:
+            return await self._fetch(key, conditioning)
+
+    async def export(self, key: AdapterKey, conditioning: Conditioning | None) -> bytes:
+        """See GeneratorReplica.export."""
+        return await self._deployed().export.remote(key, conditioning)
+
+    def _deployed(self) -> DeploymentHandle:
+        if self._handle is None:
+            raise UnavailableError("this service runs without a bundle; set `bundle` to adapt")
+        return self._handle
+
+    async def _fetch(self, key: AdapterKey, conditioning: Conditioning | None) -> LoraDelta:
+        [reference] = await self._deployed().get.remote(key, conditioning)
+        return await reference
+
+
+class LMReplica:
+    """Serves an engine."""
+
+    def __init__(self, config: AppConfig, generator: DeploymentHandle | None) -> None:
+        path = resolve_model(config.model)
+        bundle = _load_bundle(config, describe_model(path, config.name))
+        update = None if bundle is None else (bundle.spec, bundle.bases)
+        engine = build_engine(path, config.engine, update)
+        self._worker = LMWorker(engine, RemoteGenerator(generator))
+
+    async def generate(self, request: TokenizedRequest) -> AsyncIterator[TokenChunk]:
+        """See LMWorker.generate."""
+        chunks = self._worker.generate(request)
+        try:
+            async for chunk in chunks:
+                yield chunk
+        finally:
+            await chunks.aclose()
+
+    async def ready(self) -> bool:
+        """True as soon as there is a replica to say so."""
+        return self._worker.alive
+
+    def check_health(self) -> None:
+        """Let Serve replace a replica whose engine thread has died."""
+        if not self._worker.alive:
+            raise UnavailableError("the engine's thread has ended")
+
+
+class RemoteWorker:
+    """The LM replicas, seen through their handle. Satisfies Worker."""
+
+    def __init__(self, handle: DeploymentHandle) -> None:
+        self._handle = handle
+        self._streaming = handle.options(stream=True)
+
+    async def generate(self, request: TokenizedRequest) -> AsyncIterator[TokenChunk]:
+        """Stream from one replica; closing the stream early cancels it there."""
+        chunks = self._streaming.generate.remote(request)
+        try:
+            async for chunk in chunks:
+                yield chunk
+        finally:
+            chunks.cancel()  # of no effect once the stream has ended
+
+    async def ready(self) -> bool:
+        """Whether a replica answers."""
+        return await self._handle.ready.remote()
+
+
+class RouterReplica:
+    """Serves a ClusterRouter, over HTTP and to Python handles."""
+
+    def __init__(
+        self, config: AppConfig, lm: DeploymentHandle, generator: DeploymentHandle | None
+    ) -> None:
+        self._config = config
+        path = resolve_model(config.model)
+        info = describe_model(path, config.name)
+        bundle = _load_bundle(config, info)
+        tokenizer = load_tokenizer(path)
+        embedding = load_embedding(path)
+        self._lm = RemoteWorker(lm)
+        snapshot = ClusterSnapshot.empty(info.hidden_size) if bundle is None else bundle.snapshot
+        prompts = PromptEncoder(
+            tokenizer, self._context_length(info), info.vocab_size, config.router.content_tokens
+        )
+        self._router = ClusterRouter(
+            model=ServedModel(
+                name=config.name,
+                created=int(time.time()),
+                context_length=self._context_length(info),
+                vocab_size=info.vocab_size,
+            ),
+            prompts=prompts,
+            embedder=TokenEmbedder(embedding, None if bundle is None else bundle.token_weights),
+            assigner=Assigner(
+                snapshot=snapshot,
+                index_factory=lambda rows: FaissIndex(rows, config.router.index_device),
+                base=info.fingerprint,
+                hypernetwork=None if bundle is None else bundle.hypernetwork_id,
+                describe=CharacteristicTokens(embedding, prompts.token_text),
+            ),
+            worker=self._lm,
+            exporter=RemoteGenerator(generator),
+        )
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        """The HTTP API, built by Serve once the replica exists."""
+        return build_app(lambda: self._router, self._readiness, self._config.router.chat_max_tokens)
+
+    async def generate(self, request: GenerateRequest) -> GenerateResult:
+        """See ClusterRouter.generate."""
+        return await self._router.generate(request)
+
+    async def stream(self, request: GenerateRequest) -> AsyncIterator[TokenChunk]:
+        """See ClusterRouter.stream."""
+        chunks = self._router.run(self._router.prepare(request))
+        try:
+            async for chunk in chunks:
+                yield chunk
+        finally:
+            await chunks.aclose()
+
+    async def assign(self, request: GenerateRequest) -> Assignment:
+        """See ClusterRouter.assign."""
+        return self._router.assign(request)
+
+    async def clusters(self) -> list[ClusterInfo]:
+        """See ClusterRouter.clusters."""
+        return self._router.clusters()
+
+    async def _readiness(self) -> str | None:
+        return None if await self._lm.ready() else "the engine's thread has ended"
+
+    def _context_length(self, info: ModelInfo) -> int:
+        return min(self._config.engine.max_context or info.context_length, info.context_length)

@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from adapter_gen.update import LoraDelta
+from cluster_router.wire.errors import DeltaError, EngineError, OverloadedError, UnavailableError
+from cluster_router.wire.types import (
+    AdapterKey,
+    Assignment,
+    Conditioning,
+    SamplingParams,
+    TokenizedRequest,
+)
+from lm_workers.build import build_engine
+from lm_workers.config import EngineConfig
+from lm_workers.worker import LMWorker
+
+
+class Refuser:
+    """An adapter source that has nothing, and counts."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    async def get(self, key: AdapterKey, conditioning: Conditioning | None) -> LoraDelta:
+        self.asked += 1
+        raise DeltaError("no update here")
+
+
+def request(name: str, prompt: tuple[int, ...] = (5, 6, 7), **params: object) -> TokenizedRequest:
+    sampling = SamplingParams.model_validate({"max_tokens": 8, "temperature": 0, **params})
+    return TokenizedRequest(name, prompt, sampling, Assignment(key=None))
+
+
+@pytest.fixture
+def worker(tiny_llama: Path) -> Iterator[LMWorker]:
+    config = EngineConfig(dtype="float32", max_sequences=4, max_batch_tokens=16, max_queued=8, cpu_threads=1)
+    one = LMWorker(build_engine(tiny_llama, config), Refuser())
+    yield one
+    one.close()
+
+
+async def text(worker: LMWorker, one: TokenizedRequest) -> str:
+    return "".join([chunk.text async for chunk in worker.generate(one)])
+
+
+async def test_streams_run_side_by_side(worker: LMWorker) -> None:
+    alone = [await text(worker, request(f"a{i}", (5, 6 + i))) for i in range(8)]
+    together = await asyncio.gather(*(text(worker, request(f"b{i}", (5, 6 + i))) for i in range(8)))
+    assert alone == together
+    assert worker.load == (0, 0)
+
+
+async def test_closing_a_stream_aborts_the_request(worker: LMWorker) -> None:
+    stream = worker.generate(request("a", max_tokens=100, ignore_eos=True))
+    await anext(stream)
+    assert worker.load == (1, 0)
+    await stream.aclose()
+    await text(worker, request("b"))  # the abort is ahead of it in the queue
+    assert worker.load == (0, 0)
+
+
+async def test_cancelling_the_reader_aborts_the_request(worker: LMWorker) -> None:
+    task = asyncio.create_task(text(worker, request("a", max_tokens=100, ignore_eos=True)))
+    while worker.load == (0, 0):
+        await asyncio.sleep(0.001)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await text(worker, request("b"))
+    assert worker.load == (0, 0)
+
+
+async def test_refusals_come_before_the_first_chunk(worker: LMWorker) -> None:
+    long = {"max_tokens": 110, "ignore_eos": True}
+    streams = [worker.generate(request(f"r{i}", **long)) for i in range(40)]
+    firsts = await asyncio.gather(*(anext(one) for one in streams), return_exceptions=True)
+    refused = [one for one in firsts if isinstance(one, BaseException)]
+    assert refused and all(isinstance(one, OverloadedError) for one in refused)
+    assert len(refused) < 40
+    await asyncio.gather(*(one.aclose() for one in streams))
+
+
+async def test_an_update_that_cannot_be_had_fails_its_request_alone(worker: LMWorker) -> None:
+    key = AdapterKey("b", "h", 3, 1)
+    adapted = TokenizedRequest("a", (5,), SamplingParams(), Assignment(key=key))
+    with pytest.raises(DeltaError, match="no update here"):
+        await text(worker, adapted)
+    assert await text(worker, request("b"))
+
+
+async def test_a_failed_step_fails_its_requests_and_the_worker_goes_on(worker: LMWorker) -> None:
+    poisoned = request("bad", (5, 10**9))  # no such token: the embedding lookup raises
+    with pytest.raises(EngineError, match="please retry"):
+        await text(worker, poisoned)
+    assert await text(worker, request("good"))
+    assert worker.alive
+
+
+async def test_a_name_in_use_is_refused_and_its_owner_is_not_disturbed(worker: LMWorker) -> None:
+    first = worker.generate(request("same", max_tokens=20, ignore_eos=True))
+    await anext(first)
+    with pytest.raises(ValueError, match="in use"):
+        await text(worker, request("same"))
+    assert len([chunk async for chunk in first]) == 19
+
+
+async def test_close_ends_open_streams_and_later_ones(tiny_llama: Path) -> None:
+    config = EngineConfig(dtype="float32", max_sequences=4, max_batch_tokens=16, cpu_threads=1)
+    worker = LMWorker(build_engine(tiny_llama, config), Refuser())
+    stream = worker.generate(request("a", max_tokens=100, ignore_eos=True))
+    await anext(stream)
+    worker.close()
+    with pytest.raises(UnavailableError):
+        async for _ in stream:
+            pass
+    with pytest.raises(UnavailableError):
+        await text(worker, request("b"))
