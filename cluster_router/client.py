@@ -37,6 +37,8 @@ P = ParamSpec("P")
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 
+_NOTHING = SamplingParams(max_tokens=0)  # a dry run needs no room for an answer
+
 
 class Response(Protocol[T_co]):
     """The part of Serve's DeploymentResponse used here."""
@@ -122,7 +124,7 @@ class ChameleonClient:
 
     async def assign(self, prompt: Prompt, *, adaptation: AdaptationMode = "auto") -> Assignment:
         """What `prompt` would run under. Nothing is generated."""
-        return await _wait(self._handle.assign.remote(_request(prompt, None, adaptation)))
+        return await _wait(self._handle.assign.remote(_request(prompt, _NOTHING, adaptation)))
 
     async def clusters(self) -> list[ClusterInfo]:
         """Every cluster that is served now."""
@@ -184,7 +186,7 @@ class SyncChameleonClient:
 
     def assign(self, prompt: Prompt, *, adaptation: AdaptationMode = "auto") -> Assignment:
         """What `prompt` would run under. Nothing is generated."""
-        return self._wait(self._handle.assign.remote(_request(prompt, None, adaptation)))
+        return self._wait(self._handle.assign.remote(_request(prompt, _NOTHING, adaptation)))
 
     def clusters(self) -> list[ClusterInfo]:
         """Every cluster that is served now."""

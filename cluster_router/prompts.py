@@ -70,7 +70,8 @@ class PromptEncoder:
         else:
             tokens = self._prompt_tokens(request)
             encoded = EncodedPrompt(tokens, self._content(tokens))
-        self._check_length(len(encoded.prompt_tokens), request.sampling.max_tokens)
+        source = "prompt" if request.messages is None else "messages"
+        self._check_length(len(encoded.prompt_tokens), request.sampling.max_tokens, source)
         return encoded
 
     def remaining(self, prompt_tokens: Sequence[int]) -> int:
@@ -106,8 +107,7 @@ class PromptEncoder:
             )
         content: list[int] = []
         for message in messages:
-            text_tokens = self._tokenize(message.content, "messages", special=False)
-            content += text_tokens
+            content += self._tokenize(message.content, "messages", special=False)
         if not content:
             raise RequestError("the messages hold no text; send at least one token", "messages")
         return EncodedPrompt(self._render(messages, str(template)), self._content(content))
@@ -154,14 +154,14 @@ class PromptEncoder:
                 param,
             )
 
-    def _check_length(self, prompt: int, output: int) -> None:
+    def _check_length(self, prompt: int, output: int, source: str) -> None:
         if prompt + output <= self._context_length:
             return
         raise ContextLengthError(
             f"the model's context is {self._context_length} tokens, but this request needs "
             f"{prompt + output}: {prompt} in the prompt and {output} for max_tokens; "
             "shorten the prompt or lower max_tokens",
-            "messages" if prompt > self._context_length else "max_tokens",
+            source if prompt > self._context_length else "max_tokens",
         )
 
 

@@ -1,0 +1,131 @@
+import asyncio
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cluster_router.router import ClusterRouter
+from cluster_router.wire.errors import (
+    EngineError,
+    OverloadedError,
+    RequestError,
+    UnknownClusterError,
+)
+from cluster_router.wire.types import AdapterKey, GenerateRequest, Message, SamplingParams
+
+
+def ask(prompt: str = "sail wind", max_tokens: int = 3, **fields: Any) -> GenerateRequest:
+    return GenerateRequest(prompt=prompt, sampling=SamplingParams(max_tokens=max_tokens), **fields)
+
+
+async def test_answer_carries_what_adapted_it(router: ClusterRouter, worker: Any) -> None:
+    result = await router.generate(ask(request_id="r1"))
+    assert (result.text, result.tokens, result.finish_reason) == ("w0 w1 w2 ", (0, 1, 2), "length")
+    assert (result.request_id, result.prompt_tokens) == ("r1", 3)
+    assert (result.adaptation.mode, result.adaptation.cluster) == ("cluster", 10)
+    assert result.adaptation.adapter_key == AdapterKey("base", "hyper", 10, 1).id
+    [sent] = worker.requests
+    assert sent.assignment.conditioning.support == 5
+    assert worker.closed == 1
+
+
+async def test_stream_yields_chunks_as_the_worker_makes_them(router: ClusterRouter) -> None:
+    chunks = [chunk async for chunk in router.stream(ask())]
+    assert [chunk.text for chunk in chunks] == ["w0 ", "w1 ", "w2 "]
+    assert [chunk.finish_reason for chunk in chunks] == [None, None, "length"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "mode", "cluster"),
+    [
+        ({"prompt": "judge law"}, "cluster", 20),
+        ({"prompt": "tool"}, "static", None),
+        ({"prompt": "judge law", "adaptation": 10}, "cluster", 10),
+        ({"prompt": "judge law", "adaptation": "off"}, "off", None),
+    ],
+)
+async def test_adaptation_modes(
+    router: ClusterRouter, fields: dict[str, Any], mode: str, cluster: int | None
+) -> None:
+    adaptation = (await router.generate(ask(**fields))).adaptation
+    assert (adaptation.mode, adaptation.cluster) == (mode, cluster)
+
+
+def test_the_chat_template_does_not_sway_the_assignment(router: ClusterRouter) -> None:
+    chat = GenerateRequest(messages=(Message(role="user", content="sail wind"),))
+    assert router.assign(chat).similarity == router.assign(ask("sail wind")).similarity
+
+
+def test_assignment_is_a_function_of_the_request(router: ClusterRouter) -> None:
+    alone = router.assign(ask("sail court")).similarity
+    for other in ("judge", "law law wind", "mast"):
+        router.prepare(ask(other))
+    assert router.assign(ask("sail court")).similarity == alone
+
+
+def test_unnamed_requests_get_distinct_ids(router: ClusterRouter) -> None:
+    names = {router.prepare(ask()).request_id for _ in range(3)}
+    assert len(names) == 3
+    assert "" not in names
+
+
+def test_refusals_come_before_the_stream(router: ClusterRouter, worker: Any) -> None:
+    with pytest.raises(RequestError):
+        router.stream(GenerateRequest())
+    with pytest.raises(UnknownClusterError):
+        router.stream(ask(adaptation=99))
+    assert worker.requests == []
+
+
+async def test_closing_the_stream_closes_the_workers(router: ClusterRouter, worker: Any) -> None:
+    stream = router.stream(ask(max_tokens=20))
+    await anext(stream)
+    assert worker.closed == 0
+    await stream.aclose()
+    assert worker.closed == 1
+
+
+async def test_cancelling_the_reader_closes_the_workers_stream(
+    router: ClusterRouter, worker: Any
+) -> None:
+    task = asyncio.create_task(router.generate(ask(max_tokens=29)))
+    while not worker.requests:
+        await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert worker.closed == 1
+
+
+async def test_worker_errors_reach_the_caller(router: ClusterRouter, worker: Any) -> None:
+    worker.fails_after, worker.failure = 1, OverloadedError("full")
+    with pytest.raises(OverloadedError):
+        await router.generate(ask())
+    assert worker.closed == 1
+
+
+async def test_an_answer_without_an_end_is_an_error(router: ClusterRouter, worker: Any) -> None:
+    worker.cut_after = 2
+    with pytest.raises(EngineError, match="cut off"):
+        await router.generate(ask())
+
+
+async def test_export_hands_over_the_clusters_key_and_conditioning(
+    router: ClusterRouter, exporter: Any
+) -> None:
+    key = AdapterKey("base", "hyper", 20, 2)
+    assert await router.export(20) == b"PK" + key.id.encode()
+    [(exported, conditioning)] = exporter.exported
+    assert exported == key
+    assert np.array_equal(conditioning.vector, [3, 4, 5])
+    with pytest.raises(UnknownClusterError):
+        await router.export(21)
+
+
+def test_views(router: ClusterRouter) -> None:
+    assert [info.id for info in router.clusters()] == [10, 20]
+    assert router.cluster(20).size == 105
+    assert router.snapshot_version == 7
+    assert router.remaining((1,) * 30) == 2
+    assert router.token_text(0) == "<s>"
+    assert router.model.name == "tiny"
