@@ -25,7 +25,7 @@ class CharacteristicTokens:
 
     Token embeddings share a few strong directions that tell how frequent a token is, or whether it
     is a fragment, but not what it is about. Under a plain inner product these decide, and every
-    cluster is called "the, and, for". So the leading principal components of the word embeddings
+    cluster is called "the, and, for". So the leading principal components of the embedding matrix
     are taken out of the direction first, as in Mu and Viswanath, "All-but-the-Top" (ICLR 2018).
 
     Args:
@@ -57,7 +57,9 @@ class CharacteristicTokens:
 
     def _name(self, directions: torch.Tensor) -> list[tuple[str, ...]]:
         distinct = directions - (directions @ self._common) @ self._common.T
-        scores = torch.cat([distinct @ part.T for part in self._vectors()], dim=1)  # [K, words]
+        scores = torch.cat(
+            [distinct @ part.T for part in self._vectors(self._tokens)], dim=1
+        )  # [K, words]
         # Variants of a word are dropped from the ranking, so fetch more than are shown.
         best = scores.topk(min(8 * self._count, len(self._words)), dim=1).indices
         return [self._without_variants(self._words[i] for i in row) for row in best.tolist()]
@@ -71,18 +73,17 @@ class CharacteristicTokens:
                 chosen.append(word)
         return tuple(chosen)
 
-    def _vectors(self) -> Iterable[torch.Tensor]:
-        """The words' embeddings, float32 [<= rows at once, d] each."""
-        return (self._embedding[part].float() for part in self._tokens.split(_ROWS_AT_ONCE))
+    def _vectors(self, tokens: torch.Tensor) -> Iterable[torch.Tensor]:
+        """Embeddings of `tokens`, float32 [<= rows at once, d] each."""
+        return (self._embedding[part].float() for part in tokens.split(_ROWS_AT_ONCE))
 
     def _common_directions(self) -> torch.Tensor:
-        dim = self._embedding.shape[1]
+        vocab, dim = self._embedding.shape
         total, gram = torch.zeros(dim), torch.zeros(dim, dim)
-        for part in self._vectors():
+        for part in self._vectors(torch.arange(vocab)):
             total += part.sum(0)
             gram += part.T @ part
-        mean = total / max(1, len(self._words))
-        covariance = gram / max(1, len(self._words)) - torch.outer(mean, mean)
+        covariance = gram / vocab - torch.outer(total, total) / vocab**2
         components = min(_COMMON_DIRECTIONS, dim // 4)
         return torch.linalg.eigh(covariance).eigenvectors[:, dim - components :]
 
