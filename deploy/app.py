@@ -6,8 +6,7 @@ Only here are deployments made of classes. Replicas, autoscaling and resources a
 `deployments:` in the config file; the values below are what holds without it.
 """
 
-from __future__ import annotations
-
+# No postponed annotations here: Serve reads the type of `config` to validate the args against it.
 from ray import serve
 from ray.serve import Application
 

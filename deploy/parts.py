@@ -207,7 +207,12 @@ class RouterReplica:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """The HTTP API, built by Serve once the replica exists."""
-        return build_app(lambda: self._router, self._readiness, self._config.router.chat_max_tokens)
+        return build_app(
+            lambda: self._router,
+            self._readiness,
+            self._config.router.chat_max_tokens,
+            return_request_id=False,  # Serve's proxy returns it
+        )
 
     async def generate(self, request: GenerateRequest) -> GenerateResult:
         """See ClusterRouter.generate."""

@@ -6,6 +6,8 @@ import secrets
 import time
 from collections.abc import Callable
 
+import torch
+
 from adapter_gen.update import LoraDelta
 from cluster_router.wire.errors import ContextLengthError, RequestError
 from cluster_router.wire.types import TokenChunk, TokenizedRequest, TokenLogprob
@@ -139,7 +141,8 @@ class Engine:
         top = sequence.sampling.prompt_logprobs or 0
         for positions in scored_rows(list(range(first, last))):
             logits = self._runner.logits(output, [offset + p - span.start for p in positions])
-            targets = logits.new_tensor([tokens[p + 1] for p in positions]).long()
+            following = [tokens[p + 1] for p in positions]
+            targets = torch.tensor(following, dtype=torch.int64, device=logits.device)
             scores = score(logits, targets, [top] * len(positions))
             found.extend(self._logprob(one) for one in scores)
 

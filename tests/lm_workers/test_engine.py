@@ -27,7 +27,9 @@ from lm_workers.engine import Engine
 from lm_workers.models import load_causal_lm
 
 DEPTHS: tuple[Depth, ...] = ("head", "full", "paper")
-SMALL = EngineConfig(dtype="float32", max_sequences=4, max_batch_tokens=24, block_size=4, cpu_threads=1)
+SMALL = EngineConfig(
+    dtype="float32", max_sequences=4, max_batch_tokens=24, block_size=4, cpu_threads=1
+)
 NAMES = (f"r{number}" for number in range(10**9))
 
 
@@ -196,6 +198,16 @@ def test_prompt_logprobs_equal_transformers(engine: Engine, tiny_llama: Path) ->
         assert entry.token == prompt[position + 1]
         assert entry.logprob == pytest.approx(float(logprobs[position, entry.token]), abs=1e-4)
         assert [one.token for one in entry.top] == logprobs[position].topk(2).indices.tolist()
+
+
+def test_half_precision_scores_the_tokens_of_the_prompt(tiny_llama: Path) -> None:
+    engine = build_engine(tiny_llama, SMALL.model_copy(update={"dtype": "bfloat16"}))
+    prompt = [5, 257, 301, 319, 311]  # bfloat16 has no odd numbers from 257 on
+    one = request(prompt, max_tokens=0, prompt_logprobs=0)
+    engine.add(one, None)
+    [chunk] = drain(engine)[one.request_id]
+    assert chunk.prompt_logprobs is not None
+    assert [entry.token for entry in chunk.prompt_logprobs] == prompt
 
 
 def test_generated_logprobs_equal_transformers(engine: Engine, tiny_llama: Path) -> None:

@@ -38,7 +38,9 @@ def request(name: str, prompt: tuple[int, ...] = (5, 6, 7), **params: object) ->
 
 @pytest.fixture
 def worker(tiny_llama: Path) -> Iterator[LMWorker]:
-    config = EngineConfig(dtype="float32", max_sequences=4, max_batch_tokens=16, max_queued=8, cpu_threads=1)
+    config = EngineConfig(
+        dtype="float32", max_sequences=4, max_batch_tokens=16, max_queued=8, cpu_threads=1
+    )
     one = LMWorker(build_engine(tiny_llama, config), Refuser())
     yield one
     one.close()
