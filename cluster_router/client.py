@@ -13,7 +13,7 @@ a handle is whatever has the methods of `Handle`.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Generator, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator, Sequence
 from typing import Any, Literal, NoReturn, ParamSpec, Protocol, TypeVar
 
 from pydantic import ValidationError
@@ -105,8 +105,11 @@ class ChameleonClient:
         sampling: SamplingParams | None = None,
         adaptation: AdaptationMode = "auto",
         request_id: str = "",
-    ) -> AsyncIterator[TokenChunk]:
+    ) -> AsyncGenerator[TokenChunk, None]:
         """Stream the answer to `prompt`.
+
+        To leave before its end, close it (`contextlib.aclosing`): a loop that merely breaks is
+        noticed when the generator is collected.
 
         Raises:
             ChameleonError: whatever the service raised, with the first chunk or later.
@@ -168,8 +171,8 @@ class SyncChameleonClient:
         sampling: SamplingParams | None = None,
         adaptation: AdaptationMode = "auto",
         request_id: str = "",
-    ) -> Iterator[TokenChunk]:
-        """Stream the answer to `prompt`; closing the iterator cancels the request.
+    ) -> Generator[TokenChunk, None, None]:
+        """Stream the answer to `prompt`; closing the generator cancels the request.
 
         Raises:
             ChameleonError: whatever the service raised, with the first chunk or later.

@@ -112,7 +112,7 @@ class ClusterRouter:
             if isinstance(chunks, AsyncGenerator):
                 await chunks.aclose()
 
-    def stream(self, request: GenerateRequest) -> AsyncIterator[TokenChunk]:
+    def stream(self, request: GenerateRequest) -> AsyncGenerator[TokenChunk, None]:
         """Stream the answer to `request`.
 
         Raises:

@@ -32,6 +32,7 @@ class ScriptedWorker:
         requests: what it was asked. closed: how many of its streams have ended, in any way.
         fails_after: chunks after which it raises `failure`; None never does.
         cut_after: chunks after which it ends without a finish reason; None never does.
+        stall: an event it waits for before its first chunk; None does not wait.
     """
 
     def __init__(self) -> None:
@@ -40,11 +41,14 @@ class ScriptedWorker:
         self.fails_after: int | None = None
         self.failure: Exception = RuntimeError("unset")
         self.cut_after: int | None = None
+        self.stall: asyncio.Event | None = None
 
     async def generate(self, request: TokenizedRequest) -> AsyncIterator[TokenChunk]:
         self.requests.append(request)
         count = request.sampling.max_tokens
         try:
+            if self.stall is not None:
+                await self.stall.wait()
             for place in range(count):
                 if place == self.fails_after:
                     raise self.failure
