@@ -166,7 +166,7 @@ def _row(snapshot: ClusterSnapshot, cluster: int) -> int:
     row = snapshot.row(cluster)
     if row is None:
         raise UnknownClusterError(
-            f"there is no cluster {cluster}; name one of the {len(snapshot)} there are or use 'auto'",
+            f"there is no cluster {cluster}; name one of the {len(snapshot)} served or 'auto'",
             "adaptation",
         )
     return row
