@@ -6,95 +6,27 @@ import json
 import shutil
 import threading
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import gguf
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
-    GPT2Config,
-    LlamaConfig,
-    PretrainedConfig,
-    PreTrainedTokenizerFast,
-    Qwen3Config,
+    PreTrainedTokenizerBase,
 )
 
+from lm_workers.models import load_tokenizer
 from lm_workers.models.fetch import file_sha256
 from lm_workers.models.source import PackagedModel
 
-TEXT = [
-    "The quick brown fox jumps over the lazy dog.",
-    "Paris is the capital of France.",
-    "0123456",
-]
-CHAT = "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}</s>\n{% endfor %}"
-VOCAB = 320
-SIZES = {"vocab_size": VOCAB, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
-LLAMA_LIKE = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-}
-
-
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE trained on a few sentences."""
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB,
-        special_tokens=["<s>", "</s>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    backend.train_from_iterator(TEXT, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", chat_template=CHAT
-    )
-
-
-def build_checkpoint(
-    folder: Path, config: PretrainedConfig, dtype: torch.dtype = torch.float32, **save: object
-) -> Path:
-    """Random weights for `config`, saved with the tokenizer."""
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(torch.bfloat16)
-    model.to(dtype).save_pretrained(folder, **save)
-    build_tokenizer().save_pretrained(folder)
-    return folder
-
-
-CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
-    "llama": lambda: LlamaConfig(**SIZES, **LLAMA_LIKE, tie_word_embeddings=True),
-    "qwen3": lambda: Qwen3Config(**SIZES, **LLAMA_LIKE, head_dim=16, tie_word_embeddings=False),
-    "gpt2": lambda: GPT2Config(**SIZES, n_embd=32, n_layer=2, n_head=4, n_positions=128),
-}
-
-
-@pytest.fixture(scope="session")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """One float32 folder of each family. Read only."""
-    root = tmp_path_factory.mktemp("checkpoints")
-    return {name: build_checkpoint(root / name, make()) for name, make in CONFIGS.items()}
-
-
-@pytest.fixture(params=sorted(CONFIGS))
-def checkpoint(request: pytest.FixtureRequest, checkpoints: dict[str, Path]) -> Path:
-    return checkpoints[request.param]
-
 
 @pytest.fixture
-def llama(tmp_path: Path, checkpoints: dict[str, Path]) -> Path:
+def llama(tmp_path: Path, tiny_checkpoints: dict[str, Path]) -> Path:
     """A llama folder to spoil."""
-    return Path(shutil.copytree(checkpoints["llama"], tmp_path / "llama"))
+    return Path(shutil.copytree(tiny_checkpoints["llama"], tmp_path / "llama"))
 
 
 def interleave(weight: torch.Tensor, heads: int) -> torch.Tensor:
@@ -120,7 +52,7 @@ def write_gguf(path: Path, folder: Path, split: str = "gpt-2") -> Path:
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_vocab_size(config.vocab_size)
-    _add_tokenizer(writer, split)
+    _add_tokenizer(writer, split, load_tokenizer(folder), config.vocab_size)
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     for name, tensor in weights.items():
         if name == "lm_head.weight":
@@ -135,21 +67,22 @@ def write_gguf(path: Path, folder: Path, split: str = "gpt-2") -> Path:
     return path
 
 
-def _add_tokenizer(writer: gguf.GGUFWriter, split: str) -> None:
-    tokenizer = build_tokenizer()
+def _add_tokenizer(
+    writer: gguf.GGUFWriter, split: str, tokenizer: PreTrainedTokenizerBase, size: int
+) -> None:
     vocab = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().__getitem__)
-    vocab += [f"<unused{i}>" for i in range(VOCAB - len(vocab))]
+    vocab += [f"<unused{i}>" for i in range(size - len(vocab))]
     types = gguf.TokenType
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(split)
     writer.add_token_list(vocab)
-    writer.add_token_types([types.CONTROL, types.CONTROL, *[types.NORMAL] * (VOCAB - 2)])
+    writer.add_token_types([types.CONTROL, types.CONTROL, *[types.NORMAL] * (size - 2)])
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     writer.add_token_merges([" ".join(pair) for pair in state["model"]["merges"]])
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(1)
     writer.add_pad_token_id(1)
-    writer.add_chat_template(CHAT)
+    writer.add_chat_template(str(tokenizer.chat_template))
 
 
 def _gguf_name(name: str) -> str:
@@ -172,15 +105,17 @@ def _gguf_name(name: str) -> str:
 
 
 @pytest.fixture(scope="session")
-def tiny_gguf(tmp_path_factory: pytest.TempPathFactory, checkpoints: dict[str, Path]) -> Path:
-    return write_gguf(tmp_path_factory.mktemp("gguf") / "tiny.gguf", checkpoints["llama"])
+def tiny_gguf(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoints: dict[str, Path]) -> Path:
+    return write_gguf(tmp_path_factory.mktemp("gguf") / "tiny.gguf", tiny_checkpoints["llama"])
 
 
 @pytest.fixture(scope="session")
-def digits_gguf(tmp_path_factory: pytest.TempPathFactory, checkpoints: dict[str, Path]) -> Path:
+def digits_gguf(
+    tmp_path_factory: pytest.TempPathFactory, tiny_checkpoints: dict[str, Path]
+) -> Path:
     """The same model, trained on text in which every digit stands alone."""
     path = tmp_path_factory.mktemp("gguf") / "digits.gguf"
-    return write_gguf(path, checkpoints["llama"], split="smollm")
+    return write_gguf(path, tiny_checkpoints["llama"], split="smollm")
 
 
 def write_wheel(path: Path, member: Path) -> Path:

@@ -21,15 +21,15 @@ def converted(tiny_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return convert_gguf(tiny_gguf, tmp_path_factory.mktemp("models") / "tiny", "From a test.")
 
 
-def test_weights_survive_to_the_bit(converted: Path, checkpoints: dict[str, Path]) -> None:
-    before = load_causal_lm(checkpoints["llama"], torch.float32, "cpu").state_dict()
+def test_weights_survive_to_the_bit(converted: Path, tiny_checkpoints: dict[str, Path]) -> None:
+    before = load_causal_lm(tiny_checkpoints["llama"], torch.float32, "cpu").state_dict()
     after = load_causal_lm(converted, torch.float32, "cpu").state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_tokenizer_survives(converted: Path, checkpoints: dict[str, Path]) -> None:
-    before, after = load_tokenizer(checkpoints["llama"]), load_tokenizer(converted)
+def test_tokenizer_survives(converted: Path, tiny_checkpoints: dict[str, Path]) -> None:
+    before, after = load_tokenizer(tiny_checkpoints["llama"]), load_tokenizer(converted)
     chat = [{"role": "user", "content": TEXT}]
     assert after(TEXT).input_ids == before(TEXT).input_ids
     assert after.apply_chat_template(chat) == before.apply_chat_template(chat)

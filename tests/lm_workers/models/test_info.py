@@ -13,11 +13,11 @@ from cluster_router.wire.errors import ModelError
 from lm_workers.models import describe_model, fingerprint
 
 
-def test_description(checkpoint: Path) -> None:
-    info = describe_model(checkpoint, "tiny")
+def test_description(tiny_checkpoint: Path) -> None:
+    info = describe_model(tiny_checkpoint, "tiny")
     assert (info.name, info.context_length, info.vocab_size) == ("tiny", 128, 320)
     assert (info.hidden_size, info.eos_token_ids) == (32, (1,))
-    assert info.fingerprint == fingerprint(checkpoint)
+    assert info.fingerprint == fingerprint(tiny_checkpoint)
 
 
 def test_every_source_of_eos_counts(llama: Path) -> None:
@@ -39,25 +39,25 @@ def test_tokenizer_of_another_model(llama: Path) -> None:
         describe_model(llama, "tiny")
 
 
-def test_fingerprint_ignores_how_the_model_is_stored(checkpoint: Path, tmp_path: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16)
+def test_fingerprint_ignores_how_the_model_is_stored(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_checkpoint, dtype=torch.bfloat16)
     model.save_pretrained(tmp_path / "bf16")
     model.float().save_pretrained(tmp_path / "shards", max_shard_size="20KB")
-    assert fingerprint(tmp_path / "bf16") == fingerprint(checkpoint)
-    assert fingerprint(tmp_path / "shards") == fingerprint(checkpoint)
+    assert fingerprint(tmp_path / "bf16") == fingerprint(tiny_checkpoint)
+    assert fingerprint(tmp_path / "shards") == fingerprint(tiny_checkpoint)
 
 
 def test_fingerprint_ignores_names_buffers_and_a_repeated_head(
-    checkpoints: dict[str, Path], tmp_path: Path
+    tiny_checkpoints: dict[str, Path], tmp_path: Path
 ) -> None:
-    folder = Path(shutil.copytree(checkpoints["gpt2"], tmp_path / "bare"))
+    folder = Path(shutil.copytree(tiny_checkpoints["gpt2"], tmp_path / "bare"))
     weights = load_file(folder / "model.safetensors")
     bare = {name.removeprefix("transformer."): tensor for name, tensor in weights.items()}
     bare["h.0.attn.bias"] = torch.ones(1, 1, 128, 128)
     bare["h.0.attn.masked_bias"] = torch.tensor(-1e4)
     bare["lm_head.weight"] = bare["wte.weight"].clone()
     save_file(bare, folder / "model.safetensors", {"format": "pt"})
-    assert fingerprint(folder) == fingerprint(checkpoints["gpt2"])
+    assert fingerprint(folder) == fingerprint(tiny_checkpoints["gpt2"])
 
 
 @pytest.mark.parametrize("part", ["embed_tokens", "0.self_attn.v_proj", "1.mlp.down_proj", "norm"])
@@ -70,9 +70,9 @@ def test_a_finetune_is_another_model(llama: Path, part: str) -> None:
     assert fingerprint(llama) != before
 
 
-def test_families_differ(checkpoints: dict[str, Path]) -> None:
-    ids = {fingerprint(folder) for folder in checkpoints.values()}
-    assert len(ids) == len(checkpoints)
+def test_families_differ(tiny_checkpoints: dict[str, Path]) -> None:
+    ids = {fingerprint(folder) for folder in tiny_checkpoints.values()}
+    assert len(ids) == len(tiny_checkpoints)
     assert all(len(text) == 16 and int(text, 16) >= 0 for text in ids)
 
 

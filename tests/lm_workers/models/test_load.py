@@ -20,9 +20,9 @@ from lm_workers.models import (
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_model_is_frozen_and_right(checkpoint: Path, dtype: torch.dtype) -> None:
-    model = load_causal_lm(checkpoint, dtype, "cpu")
-    reference = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype).eval()
+def test_model_is_frozen_and_right(tiny_checkpoint: Path, dtype: torch.dtype) -> None:
+    model = load_causal_lm(tiny_checkpoint, dtype, "cpu")
+    reference = AutoModelForCausalLM.from_pretrained(tiny_checkpoint, dtype=dtype).eval()
     tokens = torch.tensor([[5, 9, 200, 3]])
     with torch.no_grad():
         assert torch.equal(model(tokens).logits, reference(tokens).logits)
@@ -31,20 +31,20 @@ def test_model_is_frozen_and_right(checkpoint: Path, dtype: torch.dtype) -> None
     assert {parameter.dtype for parameter in model.parameters()} == {dtype}
 
 
-def test_embedding_is_the_models(checkpoint: Path) -> None:
-    model = load_causal_lm(checkpoint, torch.float32, "cpu")
-    embedding = load_embedding(checkpoint)
+def test_embedding_is_the_models(tiny_checkpoint: Path) -> None:
+    model = load_causal_lm(tiny_checkpoint, torch.float32, "cpu")
+    embedding = load_embedding(tiny_checkpoint)
     assert embedding.dtype == torch.float32
     assert torch.equal(embedding, model.get_input_embeddings().weight)
-    assert load_embedding(checkpoint, torch.bfloat16).dtype == torch.bfloat16
+    assert load_embedding(tiny_checkpoint, torch.bfloat16).dtype == torch.bfloat16
 
 
-def test_sharded(checkpoint: Path, tmp_path: Path) -> None:
-    folder = reshard(checkpoint, tmp_path / "sharded")
-    whole = load_causal_lm(checkpoint, torch.float32, "cpu").state_dict()
+def test_sharded(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    folder = reshard(tiny_checkpoint, tmp_path / "sharded")
+    whole = load_causal_lm(tiny_checkpoint, torch.float32, "cpu").state_dict()
     parts = load_causal_lm(folder, torch.float32, "cpu").state_dict()
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
-    assert torch.equal(load_embedding(folder), load_embedding(checkpoint))
+    assert torch.equal(load_embedding(folder), load_embedding(tiny_checkpoint))
 
 
 def reshard(folder: Path, target: Path) -> Path:
@@ -55,12 +55,12 @@ def reshard(folder: Path, target: Path) -> Path:
     return target
 
 
-def test_gpt2_without_the_outer_prefix(checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    folder = bare_gpt2(checkpoints["gpt2"], tmp_path / "bare")
-    whole = load_causal_lm(checkpoints["gpt2"], torch.float32, "cpu").state_dict()
+def test_gpt2_without_the_outer_prefix(tiny_checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    folder = bare_gpt2(tiny_checkpoints["gpt2"], tmp_path / "bare")
+    whole = load_causal_lm(tiny_checkpoints["gpt2"], torch.float32, "cpu").state_dict()
     bare = load_causal_lm(folder, torch.float32, "cpu").state_dict()
     assert all(torch.equal(whole[name], bare[name]) for name in whole)
-    assert torch.equal(load_embedding(folder), load_embedding(checkpoints["gpt2"]))
+    assert torch.equal(load_embedding(folder), load_embedding(tiny_checkpoints["gpt2"]))
 
 
 def bare_gpt2(folder: Path, target: Path) -> Path:
@@ -148,8 +148,8 @@ def test_no_embedding_under_a_known_name(llama: Path) -> None:
         load_embedding(llama)
 
 
-def test_tokenizer(checkpoint: Path) -> None:
-    tokenizer = load_tokenizer(checkpoint)
+def test_tokenizer(tiny_checkpoint: Path) -> None:
+    tokenizer = load_tokenizer(tiny_checkpoint)
     text = "Paris is é\n 日本 </s>"
     assert tokenizer.decode(tokenizer(text).input_ids) == text
 
@@ -171,7 +171,7 @@ def test_dtypes() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_on_a_gpu(checkpoint: Path) -> None:
-    model = load_causal_lm(checkpoint, auto_dtype("cuda"), "cuda")
+def test_on_a_gpu(tiny_checkpoint: Path) -> None:
+    model = load_causal_lm(tiny_checkpoint, auto_dtype("cuda"), "cuda")
     assert {parameter.device.type for parameter in model.parameters()} == {"cuda"}
     assert torch.isfinite(model(torch.tensor([[5, 9]], device="cuda")).logits).all()

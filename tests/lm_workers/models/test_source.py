@@ -115,8 +115,8 @@ def test_cache_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert default_cache().name == "chameleon-llm"
 
 
-def test_folder(checkpoint: Path) -> None:
-    assert resolve_model(str(checkpoint)) == checkpoint
+def test_folder(tiny_checkpoint: Path) -> None:
+    assert resolve_model(str(tiny_checkpoint)) == tiny_checkpoint
 
 
 @pytest.mark.parametrize("name", ["./nowhere", "/no/such/folder", "~/no/such", "a/b/c", "", " x"])
