@@ -162,7 +162,9 @@ class WindowCutter:
     def cut(self, document: Document) -> Window | None:
         """The window of a document, None where it has fewer than two tokens."""
         ids = self.tokenizer(document.text, add_special_tokens=False)["input_ids"]
-        return self._window(ids, document.domain) if len(ids) > 1 else None
+        if len(ids) < 2:
+            return None
+        return self._window(ids, min(self.context, len(ids) // 2), document.domain)
 
     def cut_split(
         self, folder: Path, split: Split, domains: Sequence[str], limit: int
@@ -189,10 +191,9 @@ class WindowCutter:
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         last = len(ids) - self.context - self.scored
         starts = np.linspace(0, last, count).astype(int).tolist() if last >= 0 else []
-        return [self._window(ids[start:], name) for start in starts]
+        return [self._window(ids[start:], self.context, name) for start in starts]
 
-    def _window(self, ids: list[int], domain: str) -> Window:
-        context = min(self.context, len(ids) // 2)
+    def _window(self, ids: list[int], context: int, domain: str) -> Window:
         ids = ids[: context + self.scored]
         text = self.tokenizer.decode(ids[context:])
         return Window(np.array(ids, np.int32), context, domain, len(text.encode()))

@@ -11,6 +11,7 @@ import hashlib
 import os
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -168,7 +169,8 @@ def _write(path: Path, rows: torch.Tensor) -> None:
         save_file({"hidden": rows.contiguous()}, temporary, metadata={"crc32": _checksum(rows)})
         temporary.replace(path)
     except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
         raise SetupError(
             f"cannot write the feature cache {path.parent}: {error}; "
             "free some space or name another folder with --cache",

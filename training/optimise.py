@@ -164,7 +164,7 @@ class Stage:
         nn.utils.clip_grad_norm_(self._parameters, self._settings.clip)
         self._optimiser.step()
         self._schedule.step()
-        return float(loss)
+        return float(loss.detach())
 
     def _factor(self, step: int) -> float:
         warmup = max(1, round(_WARMUP * self._settings.steps))

@@ -1,0 +1,94 @@
+"""Loss identities: what a next-token loss must and must not say."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy, one_hot
+
+from training.objective import CandidateSampler, head_nll, shifted_nll
+
+VOCAB, DIM = 50, 8
+
+
+@pytest.fixture
+def head() -> torch.Tensor:
+    return torch.randn(VOCAB, DIM, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def hidden() -> torch.Tensor:
+    return torch.randn(150, DIM, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def targets() -> torch.Tensor:
+    return torch.randint(VOCAB, (150,), generator=torch.Generator().manual_seed(2))
+
+
+def test_a_uniform_model_loses_the_log_of_the_vocabulary(head, targets) -> None:
+    losses = head_nll(torch.zeros(150, DIM), head, targets)
+    torch.testing.assert_close(losses, torch.full((150,), math.log(VOCAB)))
+
+
+def test_matches_cross_entropy_and_its_gradient(head, hidden, targets) -> None:
+    ours, theirs = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
+    weights = torch.rand(150)
+    (head_nll(ours, head, targets) * weights).sum().backward()
+    (cross_entropy(theirs @ head.T, targets, reduction="none") * weights).sum().backward()
+    torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+def test_probabilities_sum_to_one(head, hidden) -> None:
+    total = sum(
+        head_nll(hidden[:5], head, torch.full((5,), token)).neg().exp() for token in range(VOCAB)
+    )
+    torch.testing.assert_close(total, torch.ones(5))
+
+
+def test_padding_changes_nothing(head) -> None:
+    states = torch.randn(2, 6, DIM)
+    tokens = torch.randint(VOCAB, (2, 6))
+    mask = torch.tensor([[1] * 6, [1] * 4 + [0] * 2])
+    loss = shifted_nll(states, head, tokens, mask)
+    tokens[1, 4:], states[1, 4:] = 7, 100.0
+    assert torch.equal(shifted_nll(states, head, tokens, mask), loss)
+    longer = torch.cat([states, torch.randn(2, 3, DIM)], dim=1)
+    padded = torch.cat([tokens, torch.zeros(2, 3, dtype=torch.int64)], dim=1)
+    wide = torch.cat([mask, torch.zeros(2, 3, dtype=torch.int64)], dim=1)
+    torch.testing.assert_close(shifted_nll(longer, head, padded, wide), loss)
+
+
+def test_copying_the_current_token_scores_badly() -> None:
+    tokens = torch.arange(20)[None]  # never the same token twice in a row
+    copies = 30.0 * one_hot(tokens, 20).float()
+    assert shifted_nll(copies, torch.eye(20), tokens, torch.ones_like(tokens)) > 25
+    nexts = 30.0 * one_hot((tokens + 1) % 20, 20).float()
+    assert shifted_nll(nexts, torch.eye(20), tokens, torch.ones_like(tokens)) < 1e-3
+
+
+def test_candidates_hold_every_target_and_stand_for_the_whole_vocabulary(targets) -> None:
+    counts = torch.bincount(targets, minlength=500)
+    drawn = CandidateSampler(counts, always=10, sampled=40, seed=0).draw(targets)
+    assert set(targets.tolist()) <= set(drawn.tokens.tolist())
+    assert float(drawn.offset.exp().sum()) == pytest.approx(500, rel=1e-5)
+
+
+def test_sampled_loss_approaches_the_exact_one() -> None:
+    random = torch.Generator().manual_seed(0)
+    head = 0.5 * torch.randn(2000, 16, generator=random)
+    hidden = torch.randn(64, 16, generator=random)
+    targets = torch.randint(2000, (64,), generator=random)
+    sampler = CandidateSampler(torch.bincount(targets, minlength=2000), 200, 600, seed=0)
+    sampled = [sampler.draw(targets).nll(hidden, head, targets).mean() for _ in range(20)]
+    exact = head_nll(hidden, head, targets).mean()
+    assert float(torch.stack(sampled).mean()) == pytest.approx(float(exact), abs=0.05)
+
+
+def test_candidates_may_be_the_whole_vocabulary(head, hidden, targets) -> None:
+    everything = CandidateSampler(torch.ones(VOCAB, dtype=torch.int64), VOCAB, 5, 0).draw(targets)
+    torch.testing.assert_close(
+        everything.nll(hidden, head, targets), head_nll(hidden, head, targets)
+    )

@@ -1,0 +1,79 @@
+"""The bundle that ships for the default model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from training.artefact import Artefact
+from training.base import FrozenBase
+from training.card import table
+from training.config import load_settings
+from training.evaluate import GAINS, Evaluator
+from training.jobs import make_corpus
+
+ROOT = Path(__file__).parents[2]
+BUNDLE = ROOT / "deploy" / "bundles" / "smollm2-135m-instruct"
+MEGABYTE = 1_000_000
+
+
+@pytest.fixture(scope="module")
+def evaluation() -> dict[str, Any]:
+    loaded: dict[str, Any] = json.loads((BUNDLE / "evaluation.json").read_text())
+    return loaded
+
+
+def test_it_belongs_to_the_default_model_and_is_small(default_model: Path) -> None:
+    artefact = Artefact.load(BUNDLE, FrozenBase(default_model).fingerprint)
+    assert artefact.bundle.spec.depth == "head"
+    size = sum(path.stat().st_size for path in BUNDLE.rglob("*") if path.is_file())
+    assert size < 25 * MEGABYTE
+
+
+def test_it_was_trained_by_the_recipe_in_the_repository() -> None:
+    artefact = Artefact.load(BUNDLE, None)
+    assert artefact.settings == load_settings(ROOT / "training" / "configs" / "head.yaml")
+
+
+def test_it_was_not_trained_on_what_its_licence_forbids() -> None:
+    domains = Artefact.load(BUNDLE, None).record["domains"]
+    assert not [name for name in domains if name.startswith("brown") or name == "instructions"]
+
+
+def test_its_card_prints_its_figures(evaluation: dict[str, Any]) -> None:
+    card = (BUNDLE / "README.md").read_text()
+    groups = [name for name in evaluation if name != "protocol"]
+    assert {"seen", "excluded"} <= set(groups)
+    for name in groups:
+        assert table(evaluation[name]) in card
+
+
+def test_its_figures_agree_with_each_other(evaluation: dict[str, Any]) -> None:
+    for name in ("seen", "excluded"):
+        for figures in evaluation[name]["domains"].values():
+            nats = figures["nats_per_token"]
+            for gain, (worse, better) in GAINS.items():
+                assert figures["gains"][gain][0] == pytest.approx(
+                    nats[worse] - nats[better], abs=2e-5
+                )
+
+
+def test_it_lowers_the_loss_over_the_base_model(evaluation: dict[str, Any]) -> None:
+    _, low, _ = evaluation["seen"]["mean"]["gains"]["over_base"]
+    assert low > 0
+
+
+def test_it_does_so_again_on_a_small_sample(
+    default_model: Path, text_by_domain: Path, tmp_path: Path
+) -> None:
+    base = FrozenBase(default_model)
+    artefact = Artefact.load(BUNDLE, base.fingerprint)
+    few = artefact.settings.data.model_copy(update={"test_documents": 4})
+    corpus = make_corpus(base, text_by_domain, tmp_path / "cache", few)
+    features = corpus.split("test", ["customer_service", "sql", "wordnet_glosses"])
+    evaluator = Evaluator(base, artefact.bundle, artefact.static)
+    losses = evaluator.losses(features, "sample")
+    assert losses.sums["hyper"].sum() < losses.sums["base"].sum()
