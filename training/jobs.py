@@ -125,7 +125,7 @@ class EvaluateJob:
 
 
 def _twin_figures(path: Path, settings: TrainSettings) -> dict[str, Any]:
-    """Figures on the held-out domains of the bundle at `path`, trained like this one but for them."""
+    """Figures on domains held out of the bundle at `path`, else trained like this one."""
     try:
         evaluation = json.loads((path / "evaluation.json").read_bytes())
         figures: dict[str, Any] = evaluation["held_out"]

@@ -1,4 +1,4 @@
-"""The optimisation loop of one stage: AdamW, warm-up and cosine decay, early stopping, best kept."""
+"""One stage of training: AdamW, warm-up and cosine decay, early stopping, best step kept."""
 
 from __future__ import annotations
 

@@ -15,9 +15,9 @@ from training.base import FrozenBase
 from training.config import TrainSettings
 
 WORDS = {
-    "animals": "the quick brown fox jumps over the lazy dog".split(),
-    "numbers": "0123 4567 8910 1112 1314 1516 1718 1920".split(),
-    "secret": "Paris is the capital of France".split(),
+    "animals": ["the", "quick", "brown", "fox", "jumps", "over", "the", "lazy", "dog"],
+    "numbers": ["0123", "4567", "8910", "1112", "1314", "1516", "1718", "1920"],
+    "secret": ["Paris", "is", "the", "capital", "of", "France"],
 }
 
 
