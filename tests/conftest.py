@@ -19,6 +19,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from deploy.config import SHIPPED
 from lm_workers.models import DEFAULT_MODEL, resolve_model
 
 TEXT = [
@@ -106,3 +107,9 @@ def edit_config() -> Callable[..., Path]:
 def default_model() -> Path:
     """The embedded default model, fetched once into the user's cache."""
     return resolve_model(DEFAULT_MODEL)
+
+
+@pytest.fixture(scope="session")
+def bundle_path() -> Path:
+    """The shipped bundle of the default model."""
+    return SHIPPED / DEFAULT_MODEL

@@ -1,0 +1,86 @@
+"""The real service, as `serve run deploy/config.yaml` starts it, on the session's Ray cluster."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import ray
+import yaml
+from openai import AsyncOpenAI, OpenAI
+
+ROOT = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True)
+class Service:
+    """A running service."""
+
+    url: str
+    ray_address: str
+    model: str
+
+    def openai(self) -> OpenAI:
+        return OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
+
+    def async_openai(self) -> AsyncOpenAI:
+        return AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
+
+
+def settings(port: int) -> dict[str, Any]:
+    """The shipped config on a free port, in float32 so that answers can be compared exactly."""
+    config: dict[str, Any] = yaml.safe_load((ROOT / "deploy/config.yaml").read_text())
+    config["http_options"]["port"] = port
+    config["applications"][0]["args"]["bundle"] = "/tmp/bundle"  # TEMP
+    config["applications"][0]["args"]["engine"] |= {"dtype": "float32", "max_context": 2048}
+    return config
+
+
+@pytest.fixture(scope="session")
+def service(tmp_path_factory: pytest.TempPathFactory, default_model: Path) -> Iterator[Service]:
+    folder = tmp_path_factory.mktemp("serve")
+    port = free_port()
+    config = folder / "config.yaml"
+    config.write_text(yaml.safe_dump(settings(port)))
+    context = ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False)
+    address = str(context.address_info["address"])
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "ray.serve.scripts", "run", "--address", address, str(config)],
+            cwd=ROOT,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+        try:
+            wait_until_ready(f"http://127.0.0.1:{port}", process, folder / "log")
+            yield Service(f"http://127.0.0.1:{port}", address, "smollm2-135m-instruct")
+        finally:
+            process.terminate()
+            process.wait(30)
+            ray.shutdown()
+
+
+def wait_until_ready(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            if httpx.get(f"{url}/ready", timeout=5).text == "ready":
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(0.5)
+    raise AssertionError(f"the service did not get ready:\n{log.read_text()[-4000:]}")
