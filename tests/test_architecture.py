@@ -24,11 +24,9 @@ SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob
 
 
 def owner(module: str) -> str:
-    return (
     if module.startswith("cluster_router.wire"):
         return "cluster_router.wire"
     return module.split(".")[0]
-    )
 
 
 def imports(path: Path) -> set[str]:
