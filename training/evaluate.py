@@ -16,8 +16,10 @@ import torch
 from tqdm import tqdm
 
 from adapter_gen.bundle import Bundle
+from adapter_gen.hypernetwork import CoreHypernetwork
 from adapter_gen.update import SharedBases
 from cluster_router.embedding import TokenEmbedder
+from cluster_router.wire.errors import BundleError
 from training.base import FrozenBase
 from training.clusters import NO_CLUSTER, Conditions, IntArray, assign, embed_contexts, shuffled
 from training.data import Window
@@ -58,6 +60,9 @@ class Evaluator:
         bundle: what is measured.
         static: the baseline, a static update trained alone on the same tokens.
         seed: of the shuffled control and of the bootstrap.
+
+    Raises:
+        BundleError: the bundle is of another depth than `head`.
     """
 
     def __init__(
@@ -67,6 +72,8 @@ class Evaluator:
         self._seed = seed
         self._weight = base.head
         self._embedder = TokenEmbedder(base.embedding, bundle.token_weights)
+        if not isinstance(bundle.hypernetwork, CoreHypernetwork):
+            raise BundleError("only bundles of depth head can be evaluated", "bundle")
         self._generated = AdaptedHead(HeadBases(bundle.bases), bundle.hypernetwork, base.head)
         self._static = AdaptedHead(HeadBases(static), None, base.head)
         unchanged = SharedBases(

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from adapter_gen.apply import apply_head
-from adapter_gen.hypernetwork import Generated, Hypernetwork
+from adapter_gen.hypernetwork import CoreHypernetwork
 from adapter_gen.update import SharedBases
 from training.clusters import Conditions
+from training.metric import Metric
 from training.objective import Candidates, head_nll
 
 
@@ -34,26 +36,39 @@ class Batch:
 
 
 class HeadBases(nn.Module):
-    """The shared parts of a `head`-depth update as trainable parameters."""
+    """The shared parts of a `head`-depth update as trainable parameters, in whitened coordinates.
 
-    def __init__(self, bases: SharedBases) -> None:
+    Args:
+        bases: where to start; with a metric, U, V and the shift are given in its coordinates.
+        metric: None for plain coordinates.
+    """
+
+    def __init__(self, bases: SharedBases, metric: Metric | None = None) -> None:
         super().__init__()
+        self.metric = metric or Metric.identity(len(bases.shift))
         self.u = nn.Parameter(bases.u[-1].clone())
         self.v = nn.Parameter(bases.v[-1].clone())
         self.s0 = nn.Parameter(bases.s0.clone())
         self.shift = nn.Parameter(bases.shift.clone())
 
     def shared(self) -> SharedBases:
-        """The live parameters as bases: gradients flow through."""
-        return SharedBases(u=(self.u,), v=(self.v,), s0=self.s0, shift=self.shift)
-
-    def frozen(self) -> SharedBases:
-        """A detached copy."""
+        """The parameters as bases in plain coordinates: gradients flow through."""
         return SharedBases(
-            u=(self.u.detach().clone(),),
-            v=(self.v.detach().clone(),),
-            s0=self.s0.detach().clone(),
-            shift=self.shift.detach().clone(),
+            u=(self.metric.output @ self.u,),
+            v=(self.v @ self.metric.input,),
+            s0=self.s0,
+            shift=self.metric.output @ self.shift,
+        )
+
+    @torch.no_grad()
+    def frozen(self) -> SharedBases:
+        """A detached copy in plain coordinates."""
+        bases = self.shared()
+        return SharedBases(
+            u=(bases.u[0].clone(),),
+            v=(bases.v[0].clone(),),
+            s0=bases.s0.detach().clone(),
+            shift=bases.shift.clone(),
         )
 
 
@@ -62,11 +77,14 @@ class AdaptedHead(nn.Module):
 
     Args:
         bases: shared parts.
-        hypernetwork: generates the rest; None trains the static update alone.
+        hypernetwork: generates the rest, its shift in the coordinates of `bases`; None trains the
+            static update alone.
         weight: [vocabulary, d], the frozen LM head.
     """
 
-    def __init__(self, bases: HeadBases, hypernetwork: Hypernetwork | None, weight: Tensor) -> None:
+    def __init__(
+        self, bases: HeadBases, hypernetwork: CoreHypernetwork | None, weight: Tensor
+    ) -> None:
         super().__init__()
         self.bases = bases
         self.hypernetwork = hypernetwork
@@ -76,19 +94,19 @@ class AdaptedHead(nn.Module):
         """Losses float32 [n] in nats, and the mean square of the generated core (a scalar)."""
         (weight,) = self._weight
         core, shift, size = None, None, torch.zeros(())
-        generated = self.generate(batch.conditions)
-        if generated is not None:
-            assert generated.cores is not None
-            assert generated.shift is not None
-            core, shift = generated.cores[batch.owner, -1], generated.shift[batch.owner]
+        if self.hypernetwork is not None and batch.conditions is not None:
+            generated = self.hypernetwork(batch.conditions.vectors, batch.conditions.support)
+            core = generated.cores[batch.owner, -1]
+            shift = (generated.shift @ self.bases.metric.output)[batch.owner]
             size = generated.cores.square().sum(dim=(1, 2, 3)).mean()
         adapted = apply_head(batch.hidden.float(), self.bases.shared(), core, shift)
         nll = head_nll if batch.candidates is None else batch.candidates.nll
         return nll(adapted.to(weight.dtype), weight, batch.targets), size
 
-    def generate(self, conditions: Conditions | None) -> Generated | None:
-        """The updates of `conditions`, None for the static update."""
-        if conditions is None or self.hypernetwork is None:
-            return None
-        result: Generated = self.hypernetwork(conditions.vectors, conditions.support)
-        return result
+    @torch.no_grad()
+    def unwhitened(self) -> CoreHypernetwork:
+        """A copy of the hypernetwork whose shift is in plain coordinates."""
+        assert self.hypernetwork is not None
+        plain = copy.deepcopy(self.hypernetwork)
+        plain.shift.weight.copy_(self.bases.metric.output @ plain.shift.weight)
+        return plain

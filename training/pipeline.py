@@ -11,7 +11,7 @@ import torch
 
 from adapter_gen.apply import init_bases
 from adapter_gen.bundle import Bundle
-from adapter_gen.hypernetwork import Hypernetwork
+from adapter_gen.hypernetwork import CoreHypernetwork
 from adapter_gen.storage import EmbeddingInfo
 from adapter_gen.update import SharedBases
 from cluster_router.embedding import TokenEmbedder
@@ -29,10 +29,13 @@ from training.clusters import (
 )
 from training.config import StageSettings, TrainSettings
 from training.features import Features
+from training.metric import Metric
 from training.modules import AdaptedHead, HeadBases
 from training.objective import CandidateSampler
 from training.optimise import Runtime, Stage, StageResult
 
+_METRIC_ROWS = 16_384
+"""Scored tokens that the metric is estimated on."""
 _VALIDATION_POSITIONS = 24
 """Scored tokens a document in the losses that steer early stopping; figures use all of them."""
 
@@ -102,7 +105,8 @@ def train(
     """
     torch.manual_seed(settings.seed)
     clustering = Clustering.fit(base, train_set, settings)
-    bases = HeadBases(init_bases(base.head_spec(settings.rank), settings.seed))
+    metric = Metric.estimate(train_set, base.head, _METRIC_ROWS)
+    bases = HeadBases(init_bases(base.head_spec(settings.rank), settings.seed), metric)
     first = _static_stage(base, bases, train_set, validation, settings, runtime)
     static = bases.frozen()
     hypernetwork = _hypernetwork(base, clustering, settings)
@@ -112,7 +116,7 @@ def train(
     bundle = Bundle(
         base_model=settings.model,
         fingerprint=base.fingerprint,
-        hypernetwork=hypernetwork,
+        hypernetwork=AdaptedHead(bases, hypernetwork, base.head).unwhitened(),
         bases=bases.frozen(),
         snapshot=clustering.snapshot,
         token_weights=clustering.token_weights,
@@ -133,7 +137,7 @@ def train(
 
 def _hypernetwork(
     base: FrozenBase, clustering: Clustering, settings: TrainSettings
-) -> Hypernetwork:
+) -> CoreHypernetwork:
     spec = base.head_spec(settings.rank)
     hypernetwork = settings.hypernetwork.build(spec, clustering.train.shape[1])
     hypernetwork.fit_normalisation(torch.from_numpy(clustering.train))
@@ -160,7 +164,7 @@ def _static_stage(
 def _hyper_stage(
     base: FrozenBase,
     bases: HeadBases,
-    hypernetwork: Hypernetwork,
+    hypernetwork: CoreHypernetwork,
     clustering: Clustering,
     train_set: Features,
     validation: Features,
