@@ -1,0 +1,1 @@
+"""Parts of the online clustering: settings, cluster table, window of recent prompts, structure."""
