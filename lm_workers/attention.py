@@ -21,15 +21,26 @@ from lm_workers.kv_cache import KVCache
 PAGED = "chameleon_paged"
 """Name under which the function is known to transformers (`attn_implementation`)."""
 
+KV_ALIGN = 32
+"""Keys and values are read in multiples of this many tokens.
+
+Vectorised kernels treat the remainder of a row apart from the rest and round it differently. With
+whole multiples a sequence's numbers do not depend on how long its neighbours are.
+"""
+
 _CARRIED = {"dropout", "scaling", "sliding_window", "position_ids", "use_cache", "is_causal"}
 
 
 @dataclass(frozen=True, slots=True)
 class PrefillSpan:
-    """Tokens `start:stop` of the step are the last `stop - start` of `slots` [kv_len]."""
+    """Tokens `start:stop` of the step are the last `stop - start` of the first `kv_length` slots.
+
+    `slots` is padded like `PagedStep.decode_slots`.
+    """
 
     start: int
     stop: int
+    kv_length: int
     slots: torch.Tensor
 
 
@@ -41,6 +52,7 @@ class PagedStep:
         cache: the tensors.
         write_slots: int64 [T], where each token's key and value go.
         decode_slots: int64 [D, L], all cached tokens of the D decoding sequences, padded with 0.
+            L is a multiple of `KV_ALIGN`.
         decode_lengths: int64 [D].
         prefills: the other sequences.
     """
@@ -127,9 +139,9 @@ def _prefill(
 ) -> torch.Tensor:
     """The span's rows of query [T, heads, head_dim] -> [stop - start, heads, head_dim]."""
     keys, values = paged.cache.read(layer, span.slots)
-    length = span.stop - span.start
     positions = torch.arange(len(span.slots), device=query.device)
-    ends = positions[-length:, None]
+    first = span.kv_length - (span.stop - span.start)
+    ends = positions[first : span.kv_length, None]
     visible = positions <= ends
     if window is not None:
         visible &= positions > ends - window

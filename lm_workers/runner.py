@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from transformers import PreTrainedModel
 
 from cluster_router.wire.errors import ModelError
 from lm_workers.adapters import OFF, AdaptedHead, AdapterBank, RowSlots, install
-from lm_workers.attention import PAGED, PagedStep, PrefillSpan
+from lm_workers.attention import KV_ALIGN, PAGED, PagedStep, PrefillSpan
 from lm_workers.kv_cache import KVCache
 from lm_workers.sequence import Batch, Span
+
+T = TypeVar("T")
 
 _SCORED_ROWS = 256
 """Prompt positions whose logits exist at one time; bounds memory when a long text is scored."""
@@ -61,7 +65,7 @@ class ModelRunner:
     @torch.inference_mode()
     def step(self, batch: Batch) -> StepOutput:
         """Compute keys, values and final hidden states of every token in the batch."""
-        spans = batch.spans
+        spans = _never_one(batch.spans) if batch.num_tokens == 1 else batch.spans
         tokens = [token for span in spans for token in span.sequence.tokens[span.start : span.stop]]
         positions = [place for span in spans for place in range(span.start, span.stop)]
         slots = self._slots(spans)
@@ -70,10 +74,10 @@ class ModelRunner:
             input_ids=self._int64(tokens)[None],
             position_ids=self._int64(positions)[None],
             use_cache=False,
-            paged=self._paged(batch),
+            paged=self._paged(spans),
         ).last_hidden_state[0]
         offsets, row = [], 0
-        for span in spans:
+        for span in batch.spans:
             offsets.append(row)
             row += span.length
         return StepOutput(hidden, slots, tuple(offsets))
@@ -81,36 +85,32 @@ class ModelRunner:
     @torch.inference_mode()
     def logits(self, output: StepOutput, rows: list[int]) -> torch.Tensor:
         """Adapted logits [len(rows), vocab] of some of a step's rows."""
-        index = self._int64(rows)
+        index = self._int64(_never_one(rows))
         slots = None if output.slots is None else output.slots[index]
-        return self.head(output.hidden[index], slots)
+        return self.head(output.hidden[index], slots)[: len(rows)]
 
-    def _int64(self, values: list[int]) -> torch.Tensor:
+    def _int64(self, values: Sequence[int]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self._device)
 
-    def _slots(self, spans: tuple[Span, ...]) -> torch.Tensor | None:
+    def _slots(self, spans: Sequence[Span]) -> torch.Tensor | None:
         slots = [span.sequence.slot or OFF for span in spans]
         if not any(slots):
             return None
         return self._int64(slots).repeat_interleave(self._int64([span.length for span in spans]))
 
-    def _paged(self, batch: Batch) -> PagedStep:
-        tables = [self._token_slots(span) for span in batch.spans]
-        spans = list(zip(batch.spans, tables, strict=True))
-        write = torch.cat([table[span.start : span.stop] for span, table in spans])
-        decoding, prefilling = spans[: batch.decoding], spans[batch.decoding :]
-        prefills, row = [], batch.decoding
-        for span, table in prefilling:
-            prefills.append(PrefillSpan(row, row + span.length, table.to(self._device)))
+    def _paged(self, spans: Sequence[Span]) -> PagedStep:
+        placed = [(span, self._token_slots(span)) for span in spans]
+        write = torch.cat([table[span.start : span.stop] for span, table in placed])
+        decoding = [one for one in placed if one[0].length == 1]
+        prefills, row = [], len(decoding)
+        for span, table in placed[row:]:
+            slots = _aligned([table])[0].to(self._device)
+            prefills.append(PrefillSpan(row, row + span.length, span.stop, slots))
             row += span.length
-        padded = torch.nn.utils.rnn.pad_sequence(
-            [table for _, table in decoding] or [torch.zeros(0, dtype=torch.int64)],
-            batch_first=True,
-        )
         return PagedStep(
             cache=self._cache,
             write_slots=write.to(self._device),
-            decode_slots=padded[: len(decoding)].to(self._device),
+            decode_slots=_aligned([table for _, table in decoding]).to(self._device),
             decode_lengths=self._int64([span.stop for span, _ in decoding]),
             prefills=tuple(prefills),
         )
@@ -137,7 +137,8 @@ class ModelRunner:
         count = len(tokens)
         slots = torch.arange(count, device=self._device) + self._block_size
         none = slots[:0]
-        paged = PagedStep(self._cache, slots, none[:, None], none, (PrefillSpan(0, count, slots),))
+        span = PrefillSpan(0, count, count, _aligned([slots.cpu()])[0].to(self._device))
+        paged = PagedStep(self._cache, slots, none[:, None], none, (span,))
         positions = torch.arange(count, device=self._device)[None]
         hidden = self._body(
             input_ids=tokens[None], position_ids=positions, use_cache=False, paged=paged
@@ -151,6 +152,24 @@ class ModelRunner:
                 f"(by {float(error):.3g} at a scale of {float(scale):.3g}): its architecture does "
                 "something the engine does not carry, or its weights are not finite"
             )
+
+
+def _never_one(rows: Sequence[T]) -> Sequence[T]:
+    """Repeat a lone row.
+
+    Matrix-vector kernels sum in another order than matrix-matrix kernels. Without them a request
+    gets the same numbers, to the last bit, alone and in company.
+    """
+    return [*rows, *rows] if len(rows) == 1 else rows
+
+
+def _aligned(tables: list[torch.Tensor]) -> torch.Tensor:
+    """Stack slot tables [n_i] into [N, L], padded with slot 0 to a multiple of KV_ALIGN."""
+    longest = max((len(table) for table in tables), default=0)
+    padded = torch.zeros(len(tables), -(-longest // KV_ALIGN) * KV_ALIGN, dtype=torch.int64)
+    for row, table in zip(padded, tables, strict=True):
+        row[: len(table)] = table
+    return padded
 
 
 def scored_rows(rows: list[int]) -> list[list[int]]:

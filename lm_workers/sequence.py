@@ -121,11 +121,6 @@ class Batch:
     spans: tuple[Span, ...]
 
     @property
-    def decoding(self) -> int:
-        """How many spans, from the first, have one token."""
-        return sum(span.length == 1 for span in self.spans)
-
-    @property
     def num_tokens(self) -> int:
         """Tokens in the step."""
         return sum(span.length for span in self.spans)

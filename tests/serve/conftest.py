@@ -45,7 +45,6 @@ def settings(port: int) -> dict[str, Any]:
     """The shipped config on a free port, in float32 so that answers can be compared exactly."""
     config: dict[str, Any] = yaml.safe_load((ROOT / "deploy/config.yaml").read_text())
     config["http_options"]["port"] = port
-    config["applications"][0]["args"]["bundle"] = "/tmp/bundle"  # TEMP
     config["applications"][0]["args"]["engine"] |= {"dtype": "float32", "max_context": 2048}
     return config
 
