@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from cluster_router.index import spherical_kmeans
 from cluster_router.wire.types import FloatArray
-from training.clusters import Conditions, IntArray, nearest
+from training.clusters import Conditions
 from training.config import HyperSettings
+from training.episodes import Episode, log_uniform
 from training.features import Features
 from training.modules import Batch
 
@@ -49,36 +48,30 @@ class StaticBatches:
         return gather(self._features, indices.tolist(), self._positions, self._random)
 
 
-@dataclass(frozen=True, eq=False)
-class _Episode:
-    """One clustering: the windows taken, and the cluster of each."""
-
-    windows: IntArray
-    rows: IntArray
-
-    def members(self, row: int) -> IntArray:
-        return np.asarray(self.windows[self.rows == row])
-
-
 class EpisodeBatches:
     """Batches under many different clusterings, so that thousands of conditions are seen.
 
-    Each episode clusters a random subset of the training contexts. A document is conditioned on a
-    random part of its cluster, itself left out, so that support is seen from one prompt up.
+    A document is conditioned on a random part of its cluster, itself left out, so that support is
+    seen from one prompt up.
     """
 
     def __init__(
-        self, features: Features, embeddings: FloatArray, settings: HyperSettings, seed: int
+        self,
+        features: Features,
+        embeddings: FloatArray,
+        episodes: Sequence[Episode],
+        settings: HyperSettings,
+        seed: int,
     ) -> None:
         self._features = features
         self._embeddings = embeddings
+        self._episodes = episodes
         self._settings = settings
         self._random = np.random.default_rng(seed)
-        self._episodes = [self._cluster() for _ in range(settings.episodes)]
 
     def draw(self) -> Batch:
         """The next batch."""
-        episode = self._episodes[self._random.integers(len(self._episodes))]
+        episode = self._episodes[int(self._random.integers(len(self._episodes)))]
         count = min(self._settings.documents, len(episode.windows))
         places = self._random.choice(len(episode.windows), count, replace=False)
         indices = episode.windows[places].tolist()
@@ -89,28 +82,13 @@ class EpisodeBatches:
         )
         return gather(self._features, indices, self._settings.positions, self._random, conditions)
 
-    def _cluster(self) -> _Episode:
-        total = len(self._embeddings)
-        low, high = (min(bound, total) for bound in self._settings.clusters)
-        count = _log_uniform(self._random, low, high)
-        size = _log_uniform(self._random, min(total, max(4 * count, total // 4)), total)
-        windows = np.sort(self._random.choice(total, size, replace=False))
-        seed = int(self._random.integers(2**31))
-        centroids = spherical_kmeans(self._embeddings[windows], count, seed, "cpu")
-        _, rows = nearest(self._embeddings[windows], centroids)
-        return _Episode(windows, rows)
-
-    def _support(self, episode: _Episode, place: int) -> tuple[FloatArray, float]:
+    def _support(self, episode: Episode, place: int) -> tuple[FloatArray, float]:
         """Unit mean of some of the document's cluster, and how many prompts those were."""
         members = episode.members(int(episode.rows[place]))
         others = members[members != episode.windows[place]]
         own = self._embeddings[episode.windows[place]]
         if len(others) == 0 or self._random.random() < self._settings.dropout:
             return own, 0.0
-        support = _log_uniform(self._random, 1, len(others))
+        support = log_uniform(self._random, 1, len(others))
         mean = self._embeddings[self._random.choice(others, support, replace=False)].mean(0)
         return mean / np.linalg.norm(mean), float(support)
-
-
-def _log_uniform(random: np.random.Generator, low: int, high: int) -> int:
-    return round(float(np.exp(random.uniform(np.log(low), np.log(high)))))

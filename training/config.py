@@ -72,6 +72,10 @@ class HyperSettings(StageSettings):
     `bases_rate` scales the learning rate of the shared bases, 0 freezes them. Episodes are
     clusterings of random subsets of the training contexts; `clusters` bounds how many clusters
     they have. `dropout` is the share of conditions replaced by none at all.
+
+    The stage starts from a fit in closed form (see `training.least_squares`): `damping` and `ridge`
+    regularise it, and the best of `scales` on the validation documents is taken; 0 is always among
+    them.
     """
 
     bases_rate: Annotated[float, Field(ge=0, le=1)] = 0.1
@@ -79,6 +83,9 @@ class HyperSettings(StageSettings):
     clusters: tuple[Positive, Positive] = (8, 256)
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.15
     core_penalty: Annotated[float, Field(ge=0)] = 1e-3
+    damping: Annotated[float, Field(gt=0)] = 0.5
+    ridge: Annotated[float, Field(gt=0)] = 0.1
+    scales: tuple[Annotated[float, Field(gt=0)], ...] = (0.25, 0.375, 0.5, 0.75, 1.0)
 
 
 class TrainSettings(_Settings):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +11,6 @@ from adapter_gen.apply import apply_head
 from adapter_gen.hypernetwork import CoreHypernetwork
 from adapter_gen.update import SharedBases
 from training.clusters import Conditions
-from training.metric import Metric
 from training.objective import Candidates, head_nll
 
 
@@ -36,39 +34,26 @@ class Batch:
 
 
 class HeadBases(nn.Module):
-    """The shared parts of a `head`-depth update as trainable parameters, in whitened coordinates.
+    """The shared parts of a `head`-depth update as trainable parameters."""
 
-    Args:
-        bases: where to start; with a metric, U, V and the shift are given in its coordinates.
-        metric: None for plain coordinates.
-    """
-
-    def __init__(self, bases: SharedBases, metric: Metric | None = None) -> None:
+    def __init__(self, bases: SharedBases) -> None:
         super().__init__()
-        self.metric = metric or Metric.identity(len(bases.shift))
         self.u = nn.Parameter(bases.u[-1].clone())
         self.v = nn.Parameter(bases.v[-1].clone())
         self.s0 = nn.Parameter(bases.s0.clone())
         self.shift = nn.Parameter(bases.shift.clone())
 
     def shared(self) -> SharedBases:
-        """The parameters as bases in plain coordinates: gradients flow through."""
-        return SharedBases(
-            u=(self.metric.output @ self.u,),
-            v=(self.v @ self.metric.input,),
-            s0=self.s0,
-            shift=self.metric.output @ self.shift,
-        )
+        """The live parameters as bases: gradients flow through."""
+        return SharedBases(u=(self.u,), v=(self.v,), s0=self.s0, shift=self.shift)
 
-    @torch.no_grad()
     def frozen(self) -> SharedBases:
-        """A detached copy in plain coordinates."""
-        bases = self.shared()
+        """A detached copy."""
         return SharedBases(
-            u=(bases.u[0].clone(),),
-            v=(bases.v[0].clone(),),
-            s0=bases.s0.detach().clone(),
-            shift=bases.shift.clone(),
+            u=(self.u.detach().clone(),),
+            v=(self.v.detach().clone(),),
+            s0=self.s0.detach().clone(),
+            shift=self.shift.detach().clone(),
         )
 
 
@@ -77,8 +62,7 @@ class AdaptedHead(nn.Module):
 
     Args:
         bases: shared parts.
-        hypernetwork: generates the rest, its shift in the coordinates of `bases`; None trains the
-            static update alone.
+        hypernetwork: generates the rest; None trains the static update alone.
         weight: [vocabulary, d], the frozen LM head.
     """
 
@@ -90,23 +74,27 @@ class AdaptedHead(nn.Module):
         self.hypernetwork = hypernetwork
         self._weight = (weight,)  # in a tuple, so that the frozen head is no part of the state
 
+    @property
+    def weight(self) -> Tensor:
+        """The frozen LM head [vocabulary, d]."""
+        return self._weight[0]
+
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Losses float32 [n] in nats, and the mean square of the generated core (a scalar)."""
-        (weight,) = self._weight
         core, shift, size = None, None, torch.zeros(())
         if self.hypernetwork is not None and batch.conditions is not None:
             generated = self.hypernetwork(batch.conditions.vectors, batch.conditions.support)
-            core = generated.cores[batch.owner, -1]
-            shift = (generated.shift @ self.bases.metric.output)[batch.owner]
+            core, shift = generated.cores[batch.owner, -1], generated.shift[batch.owner]
             size = generated.cores.square().sum(dim=(1, 2, 3)).mean()
-        adapted = apply_head(batch.hidden.float(), self.bases.shared(), core, shift)
-        nll = head_nll if batch.candidates is None else batch.candidates.nll
-        return nll(adapted.to(weight.dtype), weight, batch.targets), size
+        return self.nll(self.adapt(batch.hidden, core, shift), batch), size
 
-    @torch.no_grad()
-    def unwhitened(self) -> CoreHypernetwork:
-        """A copy of the hypernetwork whose shift is in plain coordinates."""
-        assert self.hypernetwork is not None
-        plain = copy.deepcopy(self.hypernetwork)
-        plain.shift.weight.copy_(self.bases.metric.output @ plain.shift.weight)
-        return plain
+    def adapt(
+        self, hidden: Tensor, core: Tensor | None = None, shift: Tensor | None = None
+    ) -> Tensor:
+        """Hidden states float32 [n, d] under the static update, plus a generated one if given."""
+        return apply_head(hidden.float(), self.bases.shared(), core, shift)
+
+    def nll(self, adapted: Tensor, batch: Batch) -> Tensor:
+        """Losses float32 [n] of adapted hidden states [n, d]."""
+        nll = head_nll if batch.candidates is None else batch.candidates.nll
+        return nll(adapted.to(self.weight.dtype), self.weight, batch.targets)

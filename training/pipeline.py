@@ -27,15 +27,17 @@ from training.clusters import (
     idf_weights,
     mutual_information,
 )
-from training.config import StageSettings, TrainSettings
+from training.config import HyperSettings, StageSettings, TrainSettings
+from training.curvature import Curvature
+from training.episodes import draw_episodes
 from training.features import Features
-from training.metric import Metric
+from training.least_squares import Groups, solve_shift
 from training.modules import AdaptedHead, HeadBases
 from training.objective import CandidateSampler
 from training.optimise import Runtime, Stage, StageResult
 
-_METRIC_ROWS = 16_384
-"""Scored tokens that the metric is estimated on."""
+_CURVATURE_ROWS = 16_384
+"""Scored tokens that the second derivative of the loss is averaged over."""
 _VALIDATION_POSITIONS = 24
 """Scored tokens a document in the losses that steer early stopping; figures use all of them."""
 
@@ -86,6 +88,18 @@ class Trained:
     record: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class StartResult:
+    """The closed-form start: the scale taken, and the validation loss at each scale tried."""
+
+    scale: float
+    losses: dict[float, float]
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values; the losses as pairs (scale, nats per token)."""
+        return {"scale": self.scale, "losses": [list(pair) for pair in self.losses.items()]}
+
+
 def train(
     base: FrozenBase,
     train_set: Features,
@@ -105,18 +119,17 @@ def train(
     """
     torch.manual_seed(settings.seed)
     clustering = Clustering.fit(base, train_set, settings)
-    metric = Metric.estimate(train_set, base.head, _METRIC_ROWS)
-    bases = HeadBases(init_bases(base.head_spec(settings.rank), settings.seed), metric)
+    bases = HeadBases(init_bases(base.head_spec(settings.rank), settings.seed))
     first = _static_stage(base, bases, train_set, validation, settings, runtime)
     static = bases.frozen()
     hypernetwork = _hypernetwork(base, clustering, settings)
-    second = _hyper_stage(
+    start, second = _hyper_stage(
         base, bases, hypernetwork, clustering, train_set, validation, settings, runtime
     )
     bundle = Bundle(
         base_model=settings.model,
         fingerprint=base.fingerprint,
-        hypernetwork=AdaptedHead(bases, hypernetwork, base.head).unwhitened(),
+        hypernetwork=hypernetwork,
         bases=bases.frozen(),
         snapshot=clustering.snapshot,
         token_weights=clustering.token_weights,
@@ -130,6 +143,7 @@ def train(
         "validation_documents": len(validation),
         "cluster_domain_nmi": clustering.agreement(validation),
         "static": first.as_json(),
+        "start": start.as_json(),
         "hyper": second.as_json(),
     }
     return Trained(bundle, static, record)
@@ -170,16 +184,42 @@ def _hyper_stage(
     validation: Features,
     settings: TrainSettings,
     runtime: Runtime,
-) -> StageResult:
+) -> tuple[StartResult, StageResult]:
     stage = settings.hyper
     module = AdaptedHead(bases, hypernetwork, base.head)
-    seed = _worker_seed(settings.seed + 1, runtime.rank)
-    batches = EpisodeBatches(train_set, clustering.train, stage, seed)
-    groups = [(hypernetwork, 1.0), (bases, stage.bases_rate)]
-    sampler = _sampler(stage, train_set, len(base.head), seed)
-    optimiser = Stage("hypernetwork", stage, module, groups, stage.core_penalty, sampler)
     validate = _validator(module, validation, clustering.conditions(validation))
-    return optimiser.run(batches, validate, runtime)
+    episodes = draw_episodes(clustering.train, stage, settings.seed)
+    # The start is the same in every worker, so it draws its candidates by the run's seed.
+    sampler = _sampler(stage, train_set, len(base.head), settings.seed)
+    curvature = Curvature.measure(module, train_set, sampler, _CURVATURE_ROWS)
+    groups = Groups.of(episodes, clustering.train, curvature)
+    start = _start(hypernetwork, groups, curvature, stage, validate)
+    seed = _worker_seed(settings.seed + 1, runtime.rank)
+    batches = EpisodeBatches(train_set, clustering.train, episodes, stage, seed)
+    sampler = _sampler(stage, train_set, len(base.head), seed)
+    parts = [(hypernetwork, 1.0), (bases, stage.bases_rate)]
+    optimiser = Stage("hypernetwork", stage, module, parts, stage.core_penalty, sampler)
+    return start, optimiser.run(batches, validate, runtime)
+
+
+def _start(
+    hypernetwork: CoreHypernetwork,
+    groups: Groups,
+    curvature: Curvature,
+    stage: HyperSettings,
+    validate: Callable[[], float],
+) -> StartResult:
+    """Fit the shift in closed form and keep it at the scale that validates best."""
+    inverse = curvature.inverse(stage.damping)
+    solved = solve_shift(hypernetwork, groups, inverse, stage.ridge)
+    weight = hypernetwork.shift.weight.data
+    losses = {}
+    for scale in (0.0, *stage.scales):
+        weight.copy_(scale * solved)
+        losses[scale] = validate()
+    best = min(losses, key=lambda scale: losses[scale])
+    weight.copy_(best * solved)
+    return StartResult(best, losses)
 
 
 def _sampler(

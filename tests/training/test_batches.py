@@ -9,6 +9,7 @@ import torch
 from training.batches import EpisodeBatches, StaticBatches
 from training.config import HyperSettings
 from training.data import Window
+from training.episodes import draw_episodes
 from training.features import Features
 
 DOCUMENTS, SCORED, DIM = 40, 10, 6
@@ -42,6 +43,11 @@ def _settings(**changes: object) -> HyperSettings:
     )
 
 
+def _sampler(features: Features, embeddings: np.ndarray, settings: HyperSettings) -> EpisodeBatches:
+    episodes = draw_episodes(embeddings, settings, seed=0)
+    return EpisodeBatches(features, embeddings, episodes, settings, seed=0)
+
+
 def test_positions_are_distinct_and_targets_belong_to_their_document(features: Features) -> None:
     batch = StaticBatches(features, documents=8, positions=4, seed=0).draw()
     assert batch.hidden.shape == (32, DIM)
@@ -59,7 +65,7 @@ def test_samplers_are_a_function_of_their_seed(features: Features) -> None:
 def test_a_document_is_conditioned_on_its_own_cluster_without_itself(
     features: Features, embeddings: np.ndarray
 ) -> None:
-    sampler = EpisodeBatches(features, embeddings, _settings(), seed=0)
+    sampler = _sampler(features, embeddings, _settings())
     supports = set()
     for _ in range(10):
         batch = sampler.draw()
@@ -75,7 +81,7 @@ def test_a_document_is_conditioned_on_its_own_cluster_without_itself(
 
 
 def test_dropped_conditions_have_no_support(features: Features, embeddings: np.ndarray) -> None:
-    sampler = EpisodeBatches(features, embeddings, _settings(dropout=0.5, documents=20), seed=0)
+    sampler = _sampler(features, embeddings, _settings(dropout=0.5, documents=20))
     drawn = [sampler.draw().conditions for _ in range(10)]
     share = np.mean([float((c.support == 0).float().mean()) for c in drawn if c is not None])
     assert 0.3 < share < 0.7
