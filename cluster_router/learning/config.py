@@ -33,12 +33,12 @@ class LearnerConfig(BaseModel):
     max_clusters: Annotated[int, Field(gt=0, le=4096)] = 64
     memory: Annotated[int, Field(gt=0)] = 500
     window: Annotated[int, Field(gt=0)] = 4096
-    interval: Annotated[int, Field(gt=0)] = 256
+    interval: Annotated[int, Field(gt=0)] = 512
     min_size: Annotated[int, Field(ge=2)] = 8
     split_gain: Annotated[float, Field(gt=0, lt=1)] = 0.001
     merge_loss: Annotated[float, Field(ge=0, lt=1)] = 0.0003
     idle: Annotated[int, Field(gt=0)] = 16_384
-    drift: Annotated[float, Field(gt=0)] = 0.3
+    drift: Annotated[float, Field(gt=0)] = 0.4
     growth: Annotated[float, Field(gt=1)] = 4.0
     settled: Annotated[int, Field(ge=0)] = 100
     threshold_percentile: Annotated[float, Field(ge=0, lt=50)] = 1.0
