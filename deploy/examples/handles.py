@@ -11,7 +11,10 @@ import asyncio
 from cluster_router.wire.types import Message, SamplingParams
 from deploy.client import connect, connect_sync
 
-QUESTION = "I was charged twice for one transfer. How do I get my money back?"
+QUESTION = (
+    "I was charged twice for one transfer and the second payment has not been returned to my "
+    "account. I have already waited three days for the refund. How do I get my money back?"
+)
 
 
 def blocking() -> None:

@@ -13,7 +13,11 @@ from openai import BadRequestError, NotFoundError
 
 pytestmark = pytest.mark.serve
 
-BANKING = "My card payment was declined and the money has left my account. What can I do?"
+BANKING = (
+    "I was charged twice for one transfer and the second payment has not been returned to my "
+    "account. I have already waited three days for the refund. How do I get my money back, and "
+    "can you cancel the pending transfer?"
+)
 GREEDY = {"temperature": 0, "max_tokens": 12}
 
 
