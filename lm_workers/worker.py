@@ -153,4 +153,5 @@ class LMWorker:
 
     def _deliver(self, name: str, outcome: Outcome) -> None:
         loop, outcomes = self._streams[name]
-        loop.call_soon_threadsafe(outcomes.put_nowait, outcome)
+        if not loop.is_closed():  # a reader that is gone must not end this thread
+            loop.call_soon_threadsafe(outcomes.put_nowait, outcome)

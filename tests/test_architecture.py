@@ -26,7 +26,7 @@ SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob
 def owner(module: str) -> str:
     if module.startswith("cluster_router.wire"):
         return "cluster_router.wire"
-    return module.split(".")[0]
+    return module.split(".", maxsplit=1)[0]
 
 
 def imports(path: Path) -> set[str]:
