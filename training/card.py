@@ -54,9 +54,12 @@ bundle is meant for (non-commercial, or for research); they serve only to measur
 2. Contexts are embedded as the mean of their token embeddings, weighted by inverse document
    frequency, and clustered by spherical k-means. A cluster's condition is its centroid.
 3. A static update (U, S0, V and a shift) is trained by cross-entropy and stopped early on
-   validation documents (step {static_step} was best): the baseline `static` below.
-4. The hypernetwork, zero at first, is trained on top with many random clusterings, and stopped
-   early too (step {hyper_step} was best).
+   validation documents (step {static_step} was best): the baseline `static` above.
+4. The hypernetwork's shift is fitted on top in closed form, to the second-order loss of the
+   clusters of many random clusterings, and kept at the scale that validated best ({scale}).
+5. The whole hypernetwork is then trained by gradient descent on the same clusterings, stopped early
+   too (step {hyper_step} was best). At step 0 the generated cores are zero: only the shift of the
+   final hidden state differs between clusters.
 
 To make it again (seed {seed}):
 
@@ -112,6 +115,7 @@ def card(bundle: Bundle, settings: TrainSettings, record: dict[str, Any]) -> str
         train_documents=record["train_documents"],
         train_tokens=record["train_tokens"],
         static_step=record["static"]["best_step"],
+        scale=record["start"]["scale"],
         hyper_step=record["hyper"]["best_step"],
         created_by=bundle.created_by or "not stated",
         seed=bundle.seed,

@@ -16,7 +16,7 @@ from training.data import WindowCutter
 from training.evaluate import RESAMPLES, Evaluator
 from training.features import FeatureCache, Features
 from training.optimise import Runtime
-from training.pipeline import train
+from training.pipeline import HeadTraining
 
 _WIKITEXT = "wikitext-2/test.raw.txt"
 
@@ -50,9 +50,10 @@ class TrainJob:
         self._features()
 
     def run(self, runtime: Runtime) -> Artefact:
-        """Train; see `training.pipeline.train` for errors."""
+        """Train; see `HeadTraining.run` for errors."""
         base, train_set, validation = self._features()
-        trained = train(base, train_set, validation, self.settings, runtime, self.created_by)
+        training = HeadTraining(base, train_set, validation, self.settings, runtime)
+        trained = training.run(self.created_by)
         domains = [window.domain for window in train_set.windows]
         record = trained.record | {
             "domains": {name: domains.count(name) for name in dict.fromkeys(domains)}

@@ -8,8 +8,9 @@ keeps its random weights. Gradient descent may go on from there.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from adapter_gen.hypernetwork import CoreHypernetwork
 from cluster_router.wire.types import FloatArray
 from training.clusters import Conditions
+from training.config import HyperSettings
 from training.curvature import Curvature
 from training.episodes import Episode
 
@@ -83,3 +85,37 @@ def _gated_features(hypernetwork: CoreHypernetwork, conditions: Conditions) -> T
     with hypernetwork.shift.register_forward_pre_hook(keep):
         hypernetwork(conditions.vectors, conditions.support)
     return seen[0] * hypernetwork.gate(conditions.support)[:, None]
+
+
+@dataclass(frozen=True)
+class StartResult:
+    """The closed-form start: the scale taken, and the validation loss at each scale tried."""
+
+    scale: float
+    losses: dict[float, float]
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values; the losses as pairs (scale, nats per token)."""
+        return {"scale": self.scale, "losses": [list(pair) for pair in self.losses.items()]}
+
+
+def fit_start(
+    hypernetwork: CoreHypernetwork,
+    groups: Groups,
+    curvature: Curvature,
+    settings: HyperSettings,
+    validate: Callable[[], float],
+) -> StartResult:
+    """Fit the shift of `hypernetwork` and keep it at the scale that validates best.
+
+    The second-order loss is too hopeful far from the static update, hence the scale.
+    """
+    solved = solve_shift(hypernetwork, groups, curvature.inverse(settings.damping), settings.ridge)
+    weight = hypernetwork.shift.weight.data
+    losses = {}
+    for scale in (0.0, *settings.scales):
+        weight.copy_(scale * solved)
+        losses[scale] = validate()
+    best = min(losses, key=lambda scale: losses[scale])
+    weight.copy_(best * solved)
+    return StartResult(best, losses)

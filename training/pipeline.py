@@ -27,11 +27,11 @@ from training.clusters import (
     idf_weights,
     mutual_information,
 )
-from training.config import HyperSettings, StageSettings, TrainSettings
+from training.config import StageSettings, TrainSettings
 from training.curvature import Curvature
 from training.episodes import draw_episodes
 from training.features import Features
-from training.least_squares import Groups, solve_shift
+from training.least_squares import Groups, StartResult, fit_start
 from training.modules import AdaptedHead, HeadBases
 from training.objective import CandidateSampler
 from training.optimise import Runtime, Stage, StageResult
@@ -88,170 +88,127 @@ class Trained:
     record: dict[str, Any]
 
 
-@dataclass(frozen=True)
-class StartResult:
-    """The closed-form start: the scale taken, and the validation loss at each scale tried."""
-
-    scale: float
-    losses: dict[float, float]
-
-    def as_json(self) -> dict[str, Any]:
-        """Plain values; the losses as pairs (scale, nats per token)."""
-        return {"scale": self.scale, "losses": [list(pair) for pair in self.losses.items()]}
-
-
-def train(
-    base: FrozenBase,
-    train_set: Features,
-    validation: Features,
-    settings: TrainSettings,
-    runtime: Runtime,
-    created_by: str = "",
-) -> Trained:
-    """Train a `head`-depth bundle.
+class HeadTraining:
+    """Trains a `head`-depth bundle.
 
     Stage 1 fits the static update, which every cluster shares and which is the baseline of the
-    figures. Stage 2 fits the hypernetwork on top; the bases move along slowly or not at all.
+    figures. Stage 2 fits the hypernetwork on top: its shift in closed form, then all of it by
+    gradient descent for as long as that helps; the bases move along slowly or not at all.
 
-    Raises:
-        ConfigError: settings that do not fit the data.
-        SetupError: the loss became NaN or infinite.
+    Args:
+        base: the frozen model.
+        train: features to train on.
+        validation: features that steer early stopping and the scale of the closed-form fit.
+        settings: of the run.
+        runtime: this process, or one worker of several.
     """
-    torch.manual_seed(settings.seed)
-    clustering = Clustering.fit(base, train_set, settings)
-    bases = HeadBases(init_bases(base.head_spec(settings.rank), settings.seed))
-    first = _static_stage(base, bases, train_set, validation, settings, runtime)
-    static = bases.frozen()
-    hypernetwork = _hypernetwork(base, clustering, settings)
-    start, second = _hyper_stage(
-        base, bases, hypernetwork, clustering, train_set, validation, settings, runtime
-    )
-    bundle = Bundle(
-        base_model=settings.model,
-        fingerprint=base.fingerprint,
-        hypernetwork=hypernetwork,
-        bases=bases.frozen(),
-        snapshot=clustering.snapshot,
-        token_weights=clustering.token_weights,
-        embedding=EmbeddingInfo(dim=clustering.embedder.dim, tokens=settings.data.context_tokens),
-        created_by=created_by,
-        seed=settings.seed,
-    )
-    record = {
-        "train_documents": len(train_set),
-        "train_tokens": train_set.tokens,
-        "validation_documents": len(validation),
-        "cluster_domain_nmi": clustering.agreement(validation),
-        "static": first.as_json(),
-        "start": start.as_json(),
-        "hyper": second.as_json(),
-    }
-    return Trained(bundle, static, record)
 
+    def __init__(
+        self,
+        base: FrozenBase,
+        train: Features,
+        validation: Features,
+        settings: TrainSettings,
+        runtime: Runtime,
+    ) -> None:
+        self._base = base
+        self._train = train
+        self._validation = validation
+        self._settings = settings
+        self._runtime = runtime
 
-def _hypernetwork(
-    base: FrozenBase, clustering: Clustering, settings: TrainSettings
-) -> CoreHypernetwork:
-    spec = base.head_spec(settings.rank)
-    hypernetwork = settings.hypernetwork.build(spec, clustering.train.shape[1])
-    hypernetwork.fit_normalisation(torch.from_numpy(clustering.train))
-    return hypernetwork
+    def run(self, created_by: str) -> Trained:
+        """Train and assemble the bundle.
 
+        Raises:
+            ConfigError: settings that do not fit the data.
+            SetupError: the loss became NaN or infinite.
+        """
+        settings = self._settings
+        torch.manual_seed(settings.seed)
+        clustering = Clustering.fit(self._base, self._train, settings)
+        spec = self._base.head_spec(settings.rank)
+        bases = HeadBases(init_bases(spec, settings.seed))
+        first = self._static_stage(bases)
+        static = bases.frozen()
+        hypernetwork = settings.hypernetwork.build(spec, clustering.train.shape[1])
+        hypernetwork.fit_normalisation(torch.from_numpy(clustering.train))
+        start, second = self._hyper_stage(bases, hypernetwork, clustering)
+        bundle = Bundle(
+            base_model=settings.model,
+            fingerprint=self._base.fingerprint,
+            hypernetwork=hypernetwork,
+            bases=bases.frozen(),
+            snapshot=clustering.snapshot,
+            token_weights=clustering.token_weights,
+            embedding=EmbeddingInfo(
+                dim=clustering.embedder.dim, tokens=settings.data.context_tokens
+            ),
+            created_by=created_by,
+            seed=settings.seed,
+        )
+        record = {
+            "train_documents": len(self._train),
+            "train_tokens": self._train.tokens,
+            "validation_documents": len(self._validation),
+            "cluster_domain_nmi": clustering.agreement(self._validation),
+            "static": first.as_json(),
+            "start": start.as_json(),
+            "hyper": second.as_json(),
+        }
+        return Trained(bundle, static, record)
 
-def _static_stage(
-    base: FrozenBase,
-    bases: HeadBases,
-    train_set: Features,
-    validation: Features,
-    settings: TrainSettings,
-    runtime: Runtime,
-) -> StageResult:
-    stage = settings.static
-    module = AdaptedHead(bases, None, base.head)
-    seed = _worker_seed(settings.seed, runtime.rank)
-    batches = StaticBatches(train_set, stage.documents, stage.positions, seed)
-    sampler = _sampler(stage, train_set, len(base.head), seed)
-    optimiser = Stage("static", stage, module, [(bases, 1.0)], sampler=sampler)
-    return optimiser.run(batches, _validator(module, validation, None), runtime)
+    def _static_stage(self, bases: HeadBases) -> StageResult:
+        stage = self._settings.static
+        module = AdaptedHead(bases, None, self._base.head)
+        seed = self._worker_seed(self._settings.seed)
+        batches = StaticBatches(self._train, stage.documents, stage.positions, seed)
+        optimiser = Stage(
+            "static", stage, module, [(bases, 1.0)], sampler=self._sampler(stage, seed)
+        )
+        return optimiser.run(batches, self._validator(module, None), self._runtime)
 
+    def _hyper_stage(
+        self, bases: HeadBases, hypernetwork: CoreHypernetwork, clustering: Clustering
+    ) -> tuple[StartResult, StageResult]:
+        stage, seed = self._settings.hyper, self._settings.seed
+        module = AdaptedHead(bases, hypernetwork, self._base.head)
+        validate = self._validator(module, clustering.conditions(self._validation))
+        episodes = draw_episodes(clustering.train, stage, seed)
+        # Every worker computes the same start, so its candidates are drawn by the run's own seed.
+        sampler = self._sampler(stage, seed)
+        curvature = Curvature.measure(module, self._train, sampler, _CURVATURE_ROWS)
+        groups = Groups.of(episodes, clustering.train, curvature)
+        start = fit_start(hypernetwork, groups, curvature, stage, validate)
+        seed = self._worker_seed(seed + 1)
+        batches = EpisodeBatches(self._train, clustering.train, episodes, stage, seed)
+        parts = [(hypernetwork, 1.0), (bases, stage.bases_rate)]
+        optimiser = Stage(
+            "hypernetwork", stage, module, parts, stage.core_penalty, self._sampler(stage, seed)
+        )
+        return start, optimiser.run(batches, validate, self._runtime)
 
-def _hyper_stage(
-    base: FrozenBase,
-    bases: HeadBases,
-    hypernetwork: CoreHypernetwork,
-    clustering: Clustering,
-    train_set: Features,
-    validation: Features,
-    settings: TrainSettings,
-    runtime: Runtime,
-) -> tuple[StartResult, StageResult]:
-    stage = settings.hyper
-    module = AdaptedHead(bases, hypernetwork, base.head)
-    validate = _validator(module, validation, clustering.conditions(validation))
-    episodes = draw_episodes(clustering.train, stage, settings.seed)
-    # The start is the same in every worker, so it draws its candidates by the run's seed.
-    sampler = _sampler(stage, train_set, len(base.head), settings.seed)
-    curvature = Curvature.measure(module, train_set, sampler, _CURVATURE_ROWS)
-    groups = Groups.of(episodes, clustering.train, curvature)
-    start = _start(hypernetwork, groups, curvature, stage, validate)
-    seed = _worker_seed(settings.seed + 1, runtime.rank)
-    batches = EpisodeBatches(train_set, clustering.train, episodes, stage, seed)
-    sampler = _sampler(stage, train_set, len(base.head), seed)
-    parts = [(hypernetwork, 1.0), (bases, stage.bases_rate)]
-    optimiser = Stage("hypernetwork", stage, module, parts, stage.core_penalty, sampler)
-    return start, optimiser.run(batches, validate, runtime)
+    def _sampler(self, stage: StageSettings, seed: int) -> CandidateSampler | None:
+        if stage.candidates is None:
+            return None
+        vocabulary = len(self._base.head)
+        counts = torch.zeros(vocabulary, dtype=torch.int64)
+        for index in range(len(self._train)):
+            counts += torch.bincount(self._train.targets(index), minlength=vocabulary)
+        return CandidateSampler(counts, *stage.candidates, seed)
 
+    def _validator(self, module: AdaptedHead, conditions: Conditions | None) -> Callable[[], float]:
+        """Mean loss on a fixed sample of validation tokens, each conditioned as serving would."""
+        random = np.random.default_rng(0)
+        indices = range(len(self._validation))
+        batch = gather(self._validation, indices, _VALIDATION_POSITIONS, random, conditions)
 
-def _start(
-    hypernetwork: CoreHypernetwork,
-    groups: Groups,
-    curvature: Curvature,
-    stage: HyperSettings,
-    validate: Callable[[], float],
-) -> StartResult:
-    """Fit the shift in closed form and keep it at the scale that validates best."""
-    inverse = curvature.inverse(stage.damping)
-    solved = solve_shift(hypernetwork, groups, inverse, stage.ridge)
-    weight = hypernetwork.shift.weight.data
-    losses = {}
-    for scale in (0.0, *stage.scales):
-        weight.copy_(scale * solved)
-        losses[scale] = validate()
-    best = min(losses, key=lambda scale: losses[scale])
-    weight.copy_(best * solved)
-    return StartResult(best, losses)
+        @torch.no_grad()
+        def validate() -> float:
+            losses, _ = module(batch)
+            return float(losses.mean())
 
+        return validate
 
-def _sampler(
-    stage: StageSettings, train_set: Features, vocabulary: int, seed: int
-) -> CandidateSampler | None:
-    if stage.candidates is None:
-        return None
-    counts = torch.zeros(vocabulary, dtype=torch.int64)
-    for index in range(len(train_set)):
-        counts += torch.bincount(train_set.targets(index), minlength=vocabulary)
-    return CandidateSampler(counts, *stage.candidates, seed)
-
-
-def _validator(
-    module: AdaptedHead, validation: Features, conditions: Conditions | None
-) -> Callable[[], float]:
-    """Mean loss on a fixed sample of validation tokens, each conditioned as serving would."""
-    batch = gather(
-        validation,
-        range(len(validation)),
-        _VALIDATION_POSITIONS,
-        np.random.default_rng(0),
-        conditions,
-    )
-
-    @torch.no_grad()
-    def validate() -> float:
-        losses, _ = module(batch)
-        return float(losses.mean())
-
-    return validate
-
-
-def _worker_seed(seed: int, rank: int) -> int:
-    return int(np.random.SeedSequence([seed, rank]).generate_state(1)[0])
+    def _worker_seed(self, seed: int) -> int:
+        return int(np.random.SeedSequence([seed, self._runtime.rank]).generate_state(1)[0])

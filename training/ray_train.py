@@ -60,7 +60,7 @@ def train_with_ray(job: TrainJob, storage: Path) -> Artefact:
     )
     try:
         result = trainer.fit()
-    except ray.train.v2.api.exceptions.TrainingFailedError as error:
+    except ray.train.TrainingFailedError as error:
         raise SetupError(f"training failed in a worker: {error}") from error
     assert result.checkpoint is not None
     with result.checkpoint.as_directory() as folder:
