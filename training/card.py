@@ -72,7 +72,11 @@ python -m training evaluate --bundle <bundle> --data <folder>
 
 - The update reaches the final hidden state only: it shifts which words are likely, it adds no
   knowledge and no skill.
-- Figures are losses on short English text and code, not the quality of chat answers.
+- Figures are losses on short English text and code, not the quality of chat answers. No text in the
+  chat format was trained on: a small check found answers in it slightly less likely under the
+  static update than under the base model (`training/LOG.md` in the repository).
+- A prompt much shorter than {context} tokens often resembles no cluster and then gets the static
+  update.
 - Several domains (Shakespeare, the Bible, RFCs, the standard library) were surely part of the base
   model's own training data.
 - `licences` and `rfc` share formulas between splits; their figures are optimistic.

@@ -78,7 +78,10 @@ def _train(options: argparse.Namespace) -> None:
         settings, options.data.resolve(), options.cache.resolve(), "python -m training train"
     )
     _run(job, options.cache).save(options.out)
-    print(f"wrote {options.out}; measure it with: python -m training evaluate --bundle ...")
+    print(
+        f"wrote {options.out}; measure it with: "
+        f"python -m training evaluate --bundle {options.out} --data {options.data}"
+    )
 
 
 def _run(job: TrainJob, cache: Path) -> Artefact:

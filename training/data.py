@@ -1,8 +1,7 @@
 """Documents: reading a folder of text by domain, and cutting each into context and scored tokens.
 
 A data folder holds `<domain>.<split>.jsonl.gz` for the splits train, validation and test; each line
-is `{"text": ..., "domain": ..., "source": ...}`. What stands before the last `#` of `source` names
-the work a document came from.
+is an object with a `text`. What must not be in two splits at once is the folder's concern.
 """
 
 from __future__ import annotations
@@ -22,7 +21,6 @@ from numpy.typing import NDArray
 from cluster_router.wire.errors import ConfigError
 
 Split = Literal["train", "validation", "test"]
-SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 MIN_DOCUMENTS = 2
 """A domain needs this many documents in a split: no interval can be given for fewer."""
 
@@ -41,16 +39,10 @@ class Tokenizer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One text and where it came from."""
+    """One text and its domain."""
 
     text: str
     domain: str
-    source: str
-
-    @property
-    def work(self) -> str:
-        """The work this document is a part of."""
-        return self.source.rpartition("#")[0] or self.source
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -107,7 +99,7 @@ def select(names: Sequence[str], patterns: Sequence[str]) -> list[str]:
 
 
 def read_documents(folder: Path, domain: str, split: Split, limit: int) -> list[Document]:
-    """Up to `limit` documents of a domain, spread over its works.
+    """Up to `limit` documents of a domain, spread over the whole file.
 
     The order follows from the texts alone, and a larger limit only appends, so runs that differ in
     the limit share their first documents.
@@ -136,12 +128,12 @@ def read_documents(folder: Path, domain: str, split: Split, limit: int) -> list[
 def _parse(line: str, domain: str, path: Path, number: int) -> Document:
     try:
         row = json.loads(line)
-        text, source = row["text"], row.get("source", domain)
+        text = row["text"]
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{path} line {number} is not a document: {error}", "data") from error
     if not isinstance(text, str) or not text.strip():
         raise ConfigError(f"{path} line {number} has no text", "data")
-    return Document(text=text, domain=domain, source=str(source))
+    return Document(text, domain)
 
 
 def _digest(text: str) -> bytes:
@@ -172,10 +164,8 @@ class WindowCutter:
         """Windows of up to `limit` documents of each domain, domain after domain.
 
         Raises:
-            ConfigError: no domain is left, or a domain cannot be read.
+            ConfigError: a domain cannot be read.
         """
-        if not domains:
-            raise ConfigError("every domain is excluded or held out; nothing is left", "data")
         documents = (
             document
             for domain in domains

@@ -57,10 +57,6 @@ class Features:
         """int64 [scored] of window `index`."""
         return self._targets[index]
 
-    def subset(self, indices: Sequence[int]) -> Features:
-        """The features of some of the windows, in the order of `indices`."""
-        return Features([self.windows[i] for i in indices], [self._hidden[i] for i in indices])
-
 
 @dataclass(frozen=True)
 class FeatureCache:

@@ -1,8 +1,7 @@
 """Next-token loss from final hidden states, in nats per token.
 
-Row i of `hidden` is the state that predicts row i of `targets`: the shift happened when the
-features were cut, and padding never reaches this point (`shifted_nll` does both for whole
-sequences). The LM head is frozen, so no gradient is kept for it.
+Row i of `hidden` is the state that predicts row i of `targets`: the feature cache shifts them
+against each other and leaves padding out. The LM head is frozen, so no gradient is kept for it.
 """
 
 from __future__ import annotations
@@ -73,24 +72,6 @@ def head_nll(
     """
     result: torch.Tensor = _HeadNll.apply(hidden, weight, targets, offset)
     return result
-
-
-def shifted_nll(
-    hidden: torch.Tensor, weight: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor
-) -> torch.Tensor:
-    """Mean next-token loss of whole padded sequences.
-
-    Args:
-        hidden: [B, T, d], the state at each token.
-        weight: [vocabulary, d].
-        tokens: int64 [B, T].
-        mask: int64 [B, T], 1 where `tokens` holds a token and 0 where it holds padding.
-
-    Returns:
-        float32 scalar, nats per scored token; the first token of a sequence is not scored.
-    """
-    real = mask[:, 1:].bool()
-    return head_nll(hidden[:, :-1][real], weight, tokens[:, 1:][real]).mean()
 
 
 @dataclass(frozen=True, eq=False)

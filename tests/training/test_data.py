@@ -44,11 +44,6 @@ def test_splits_share_no_document(data: Path) -> None:
     assert train.isdisjoint(test)
 
 
-def test_a_work_is_what_stands_before_the_last_hash() -> None:
-    assert Document("text", "books", "shelf:book#1#part").work == "shelf:book#1"
-    assert Document("text", "books", "shelf").work == "shelf"
-
-
 def test_excluded_domains_are_never_seen_even_if_held_out_too(data: Path) -> None:
     settings = DataSettings(exclude=("sec*",), holdout=("numbers", "secret"))
     assert Domains.of(data, settings) == Domains(("animals",), ("secret",), ("numbers",))
@@ -103,7 +98,7 @@ def test_context_and_scored_tokens_make_up_the_document(base: FrozenBase) -> Non
     cutter = WindowCutter(base.tokenizer, context=16, scored=8)
     text = "the quick brown fox " * 10
     ids = base.tokenizer(text, add_special_tokens=False)["input_ids"]
-    window = cutter.cut(Document(text, "animals", "s"))
+    window = cutter.cut(Document(text, "animals"))
     assert window is not None
     assert window.context_tokens.tolist() == ids[:16]
     assert window.targets.tolist() == ids[16:24]
@@ -111,10 +106,10 @@ def test_context_and_scored_tokens_make_up_the_document(base: FrozenBase) -> Non
 
 
 def test_a_short_document_gives_half_to_each_part(base: FrozenBase) -> None:
-    window = WindowCutter(base.tokenizer, 128, 256).cut(Document("0123456789", "numbers", "s"))
+    window = WindowCutter(base.tokenizer, 128, 256).cut(Document("0123456789", "numbers"))
     assert window is not None
     assert window.context == len(window.tokens) // 2 > 0
-    assert WindowCutter(base.tokenizer, 128, 256).cut(Document("!", "numbers", "s")) is None
+    assert WindowCutter(base.tokenizer, 128, 256).cut(Document("!", "numbers")) is None
 
 
 def test_running_text_is_covered_evenly(base: FrozenBase, tmp_path: Path) -> None:

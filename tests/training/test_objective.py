@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.functional import cross_entropy, one_hot
 
-from training.objective import CandidateSampler, head_nll, shifted_nll
+from training.data import Window
+from training.features import Encoder, FeatureCache
+from training.objective import CandidateSampler, head_nll
 
 VOCAB, DIM = 50, 8
 
@@ -48,25 +52,37 @@ def test_probabilities_sum_to_one(head, hidden) -> None:
     torch.testing.assert_close(total, torch.ones(5))
 
 
-def test_padding_changes_nothing(head) -> None:
-    states = torch.randn(2, 6, DIM)
-    tokens = torch.randint(VOCAB, (2, 6))
-    mask = torch.tensor([[1] * 6, [1] * 4 + [0] * 2])
-    loss = shifted_nll(states, head, tokens, mask)
-    tokens[1, 4:], states[1, 4:] = 7, 100.0
-    assert torch.equal(shifted_nll(states, head, tokens, mask), loss)
-    longer = torch.cat([states, torch.randn(2, 3, DIM)], dim=1)
-    padded = torch.cat([tokens, torch.zeros(2, 3, dtype=torch.int64)], dim=1)
-    wide = torch.cat([mask, torch.zeros(2, 3, dtype=torch.int64)], dim=1)
-    torch.testing.assert_close(shifted_nll(longer, head, padded, wide), loss)
+def _mean_loss(head: torch.Tensor, encode: Encoder, windows: list[Window], folder: Path) -> float:
+    """Through the cache, as every loss goes: shifted, and with padding left out."""
+    features = FeatureCache(folder, "a test", encode, batch=4).features(windows)
+    hidden = torch.cat([features.hidden(i) for i in range(len(features))])
+    targets = torch.cat([features.targets(i) for i in range(len(features))])
+    return float(head_nll(hidden, head.bfloat16(), targets).mean())
 
 
-def test_copying_the_current_token_scores_badly() -> None:
-    tokens = torch.arange(20)[None]  # never the same token twice in a row
-    copies = 30.0 * one_hot(tokens, 20).float()
-    assert shifted_nll(copies, torch.eye(20), tokens, torch.ones_like(tokens)) > 25
-    nexts = 30.0 * one_hot((tokens + 1) % 20, 20).float()
-    assert shifted_nll(nexts, torch.eye(20), tokens, torch.ones_like(tokens)) < 1e-3
+def _windows(*lengths: int) -> list[Window]:
+    """Texts that never hold the same token twice in a row."""
+    return [Window(np.arange(length, dtype=np.int32) % 20, 2, "d", 1) for length in lengths]
+
+
+def test_copying_the_current_token_scores_badly(tmp_path: Path) -> None:
+    def copies(tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return 30.0 * one_hot(tokens, 20).float()
+
+    def foresees(tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return 30.0 * one_hot((tokens + 1) % 20, 20).float()
+
+    assert _mean_loss(torch.eye(20), copies, _windows(12, 15), tmp_path / "a") > 25
+    assert _mean_loss(torch.eye(20), foresees, _windows(12, 15), tmp_path / "b") < 1e-3
+
+
+def test_padding_is_not_scored(tmp_path: Path) -> None:
+    def encode(tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Perfect on text; on padding, which a wrong cut would score, as wrong as can be."""
+        right = 30.0 * one_hot((tokens + 1) % 20, 20).float()
+        return torch.where(mask[..., None].bool(), right, -right)
+
+    assert _mean_loss(torch.eye(20), encode, _windows(5, 40, 9), tmp_path) < 1e-3
 
 
 def test_candidates_hold_every_target_and_stand_for_the_whole_vocabulary(targets) -> None:
