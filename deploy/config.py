@@ -23,14 +23,12 @@ class RouterConfig(BaseModel):
         index_device: where FAISS searches the centroids.
         chat_max_tokens: longest chat answer when the request sets none; None is all that is left
             of the context.
-        content_tokens: how many tokens of a prompt, from its start, choose its cluster.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     index_device: Device = "auto"
     chat_max_tokens: Annotated[int, Field(gt=0)] | None = None
-    content_tokens: Annotated[int, Field(gt=0)] = 256
 
 
 class GeneratorConfig(BaseModel):
