@@ -50,20 +50,15 @@ from lm_workers.models import (
 from lm_workers.worker import LMWorker
 
 
-CONTENT_TOKENS = 256
-"""Tokens of a prompt that choose its cluster, where the bundle does not say."""
-
-
 def _load_bundle(config: AppConfig, info: ModelInfo) -> Bundle | None:
     path = config.bundle_path
     return None if path is None else Bundle.load(path, info.fingerprint)
 
 
-def _embedded_tokens(bundle: Bundle | None) -> int:
-    """How many tokens of a prompt, from its start, choose its cluster: as in training."""
-    if bundle is None or bundle.embedding is None:
-        return CONTENT_TOKENS
-    return bundle.embedding.tokens
+def _embedded_tokens(bundle: Bundle | None, context_length: int) -> int:
+    """How many tokens of a prompt, from its start, choose its cluster: as many as in training."""
+    tokens = None if bundle is None or bundle.embedding is None else bundle.embedding.tokens
+    return tokens or context_length
 
 
 class GeneratorReplica:
@@ -194,7 +189,10 @@ class RouterReplica:
         self._lm = RemoteWorker(lm)
         snapshot = ClusterSnapshot.empty(info.hidden_size) if bundle is None else bundle.snapshot
         prompts = PromptEncoder(
-            tokenizer, self._context_length(info), info.vocab_size, _embedded_tokens(bundle)
+            tokenizer,
+            self._context_length(info),
+            info.vocab_size,
+            _embedded_tokens(bundle, info.context_length),
         )
         self._router = ClusterRouter(
             model=ServedModel(
