@@ -17,7 +17,7 @@ from cluster_router.wire.types import AdapterKey, Assignment, SamplingParams, To
 from lm_workers.build import build_engine
 from lm_workers.config import EngineConfig
 from lm_workers.engine import Engine
-from lm_workers.models import load_causal_lm, load_tokenizer
+from lm_workers.models import auto_dtype, load_causal_lm, load_tokenizer
 
 CONFIG = EngineConfig(dtype="float32", max_context=1024, max_batch_tokens=128)
 OFF = Assignment(key=None)
@@ -112,3 +112,24 @@ def test_adapted_equals_transformers_with_the_update_hooked_in(
             assert found == greedy(model, request.prompt_tokens, 8)
     unadapted = [greedy(model, request.prompt_tokens, 8) for request in chosen]
     assert unadapted != answers
+
+
+@pytest.mark.skipif(auto_dtype("cpu") != torch.bfloat16, reason="no native bfloat16 here")
+def test_half_precision_gives_the_same_bits_alone_and_in_company(default_model: Path) -> None:
+    engine = build_engine(default_model, CONFIG.model_copy(update={"dtype": "bfloat16"}))
+    tokenizer = load_tokenizer(default_model)
+    sampling = SamplingParams(max_tokens=2, temperature=0, ignore_eos=True, logprobs=5)
+    texts = ["The history of the Roman empire is long and full of wars", "SELECT name FROM"]
+
+    def first(count: int) -> list[float | None]:
+        for number, text in enumerate(texts[:count]):
+            prompt = tuple(tokenizer(text).input_ids)
+            engine.add(TokenizedRequest(str(number), prompt, sampling, OFF), None)
+        found: list[float | None] = []
+        while engine.has_work:
+            for chunk in engine.step():
+                if chunk.request_id == "0":
+                    found += [top.logprob for entry in chunk.logprobs for top in entry.top]
+        return found
+
+    assert first(1) == first(2)
