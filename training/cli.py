@@ -15,7 +15,7 @@ from training.artefact import Artefact
 from training.card import table
 from training.config import load_settings
 from training.jobs import EvaluateJob, TrainJob
-from training.optimise import InProcess
+from training.runtime import InProcess
 
 _FAILED = 2
 """Exit status of a run that the operator has to change something for."""

@@ -51,6 +51,10 @@ class ClusterSettings(_Settings):
 class StageSettings(_Settings):
     """One stage of optimisation. A batch is `documents` times `positions` scored tokens.
 
+    That is the global batch, whatever the number of workers; each computes its share in
+    `accumulate` passes, in `precision`. Every `evaluate_every` steps the loss is validated and a
+    checkpoint written.
+
     `candidates` are the most frequent tokens that the training loss always normalises over, and how
     many of the others are sampled; None takes the whole vocabulary. Validation always does.
     """
@@ -58,6 +62,8 @@ class StageSettings(_Settings):
     steps: Positive = 400
     documents: Positive = 64
     positions: Positive = 24
+    accumulate: Positive = 1
+    precision: Literal["fp32", "bf16"] = "fp32"
     candidates: tuple[Positive, Positive] | None = (4096, 3072)
     learning_rate: Rate = 3e-3
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
@@ -89,11 +95,19 @@ class HyperSettings(StageSettings):
 
 
 class TrainSettings(_Settings):
-    """A whole run. `workers` 0 trains in this process, N >= 1 in N Ray Train workers."""
+    """A whole run.
+
+    `workers` 0 trains in this process, N >= 1 in N Ray Train workers, [M, N] in as many from M to N
+    as the cluster has room for (elastic). Each reserves a GPU where the cluster has any, and
+    `worker_cpus` CPUs, of which torch uses the whole ones. A run survives `max_failures` workers
+    that die; it goes on from the last checkpoint.
+    """
 
     model: str = "smollm2-135m-instruct"
-    seed: int = 0
-    workers: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0)] = 0
+    workers: Annotated[int, Field(ge=0)] | tuple[Positive, Positive] = 0
+    worker_cpus: Annotated[float, Field(gt=0)] = 0.5
+    max_failures: Annotated[int, Field(ge=0)] = 2
     rank: Positive = 32
     data: DataSettings = DataSettings()
     clusters: ClusterSettings = ClusterSettings()

@@ -81,7 +81,7 @@ def _document_gradients(
 ) -> list[Tensor]:
     hidden = torch.cat([features.hidden(i) for i in indices])
     targets = torch.cat([features.targets(i) for i in indices])
-    candidates = None if sampler is None else sampler.draw(targets)
+    candidates = None if sampler is None else sampler.draw(targets, indices.start)
     batch = Batch(hidden, targets, torch.zeros_like(targets), None, candidates)
     adapted = module.adapt(hidden).detach().requires_grad_()
     (gradient,) = torch.autograd.grad(module.nll(adapted, batch).sum(), adapted)

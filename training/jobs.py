@@ -15,8 +15,8 @@ from training.corpus import Corpus, Domains
 from training.data import WindowCutter
 from training.evaluate import RESAMPLES, Evaluator
 from training.features import FeatureCache, Features
-from training.optimise import Runtime
 from training.pipeline import HeadTraining
+from training.runtime import Runtime
 
 _WIKITEXT = "wikitext-2/test.raw.txt"
 

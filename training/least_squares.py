@@ -98,6 +98,11 @@ class StartResult:
         """Plain values; the losses as pairs (scale, nats per token)."""
         return {"scale": self.scale, "losses": [list(pair) for pair in self.losses.items()]}
 
+    @classmethod
+    def from_json(cls, record: dict[str, Any]) -> StartResult:
+        """What `as_json` gave."""
+        return cls(record["scale"], dict(record["losses"]))
+
 
 def fit_start(
     hypernetwork: CoreHypernetwork,

@@ -60,11 +60,16 @@ class HeadBases(nn.Module):
 class AdaptedHead(nn.Module):
     """Loss per token of a batch whose hidden states pass through the update and the frozen head.
 
+    Attributes:
+        weight: [vocabulary, d], the frozen LM head.
+
     Args:
         bases: shared parts.
         hypernetwork: generates the rest; None trains the static update alone.
         weight: [vocabulary, d], the frozen LM head.
     """
+
+    weight: Tensor
 
     def __init__(
         self, bases: HeadBases, hypernetwork: CoreHypernetwork | None, weight: Tensor
@@ -72,12 +77,8 @@ class AdaptedHead(nn.Module):
         super().__init__()
         self.bases = bases
         self.hypernetwork = hypernetwork
-        self._weight = (weight,)  # in a tuple, so that the frozen head is no part of the state
-
-    @property
-    def weight(self) -> Tensor:
-        """The frozen LM head [vocabulary, d]."""
-        return self._weight[0]
+        # Moves to a device with the module, and is no part of its state.
+        self.register_buffer("weight", weight, persistent=False)
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Losses float32 [n] in nats, and the mean square of the generated core (a scalar)."""

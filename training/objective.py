@@ -105,22 +105,21 @@ class CandidateSampler:
         counts: int64 [vocabulary], how often each token is a target in the training set.
         always: how many of the most frequent tokens are always taken.
         sampled: how many of the others are drawn.
-        seed: of the draws.
     """
 
-    def __init__(self, counts: torch.Tensor, always: int, sampled: int, seed: int) -> None:
+    def __init__(self, counts: torch.Tensor, always: int, sampled: int) -> None:
         self._frequent = counts.topk(min(always, len(counts))).indices
         self._size = len(counts)
         self._sampled = sampled
-        self._random = torch.Generator().manual_seed(seed)
 
-    def draw(self, targets: torch.Tensor) -> Candidates:
-        """Candidates for a batch with these targets, int64 [n]."""
+    def draw(self, targets: torch.Tensor, seed: int) -> Candidates:
+        """Candidates for a batch with these targets, int64 [n]; a function of both."""
+        random = torch.Generator().manual_seed(seed)
         rest = torch.ones(self._size, dtype=torch.bool)
         rest[self._frequent] = False
         rest[targets] = False
         others = rest.nonzero().squeeze(1)
-        chosen = others[torch.randperm(len(others), generator=self._random)[: self._sampled]]
+        chosen = others[torch.randperm(len(others), generator=random)[: self._sampled]]
         weight = torch.zeros(self._size)
         weight[~rest] = 1.0
         weight[chosen] = len(others) / max(1, len(chosen))

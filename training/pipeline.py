@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from cluster_router.wire.snapshot import ClusterSnapshot
 from cluster_router.wire.types import FloatArray
 from training.base import FrozenBase
 from training.batches import EpisodeBatches, StaticBatches, gather
+from training.checkpoints import Saved
 from training.clusters import (
     Conditions,
     assign,
@@ -29,12 +30,14 @@ from training.clusters import (
 )
 from training.config import StageSettings, TrainSettings
 from training.curvature import Curvature
-from training.episodes import draw_episodes
+from training.episodes import Episode, draw_episodes
 from training.features import Features
 from training.least_squares import Groups, StartResult, fit_start
-from training.modules import AdaptedHead, HeadBases
+from training.modules import AdaptedHead, Batch, HeadBases
 from training.objective import CandidateSampler
-from training.optimise import Runtime, Stage, StageResult
+from training.optimise import Stage, StageResult, load_state, trained_state
+from training.runtime import Runtime
+from training.shares import Seed, to_device
 
 _CURVATURE_ROWS = 16_384
 """Scored tokens that the second derivative of the loss is averaged over."""
@@ -161,11 +164,11 @@ class HeadTraining:
     def _static_stage(self, bases: HeadBases) -> StageResult:
         stage = self._settings.static
         module = AdaptedHead(bases, None, self._base.head)
-        seed = self._worker_seed(self._settings.seed)
-        batches = StaticBatches(self._train, stage.documents, stage.positions, seed)
-        optimiser = Stage(
-            "static", stage, module, [(bases, 1.0)], sampler=self._sampler(stage, seed)
+        seed = Seed(self._settings.seed, "static")
+        batches = StaticBatches(
+            self._train, stage.documents, stage.positions, seed, self._sampler(stage)
         )
+        optimiser = Stage[Batch]("static", stage, module, [(bases, 1.0)])
         return optimiser.run(batches, self._validator(module, None), self._runtime)
 
     def _hyper_stage(
@@ -175,27 +178,44 @@ class HeadTraining:
         module = AdaptedHead(bases, hypernetwork, self._base.head)
         validate = self._validator(module, clustering.conditions(self._validation))
         episodes = draw_episodes(clustering.train, stage, seed)
-        # Every worker computes the same start, so its candidates are drawn by the run's own seed.
-        sampler = self._sampler(stage, seed)
-        curvature = Curvature.measure(module, self._train, sampler, _CURVATURE_ROWS)
-        groups = Groups.of(episodes, clustering.train, curvature)
-        start = fit_start(hypernetwork, groups, curvature, stage, validate)
-        seed = self._worker_seed(seed + 1)
-        batches = EpisodeBatches(self._train, clustering.train, episodes, stage, seed)
-        parts = [(hypernetwork, 1.0), (bases, stage.bases_rate)]
-        optimiser = Stage(
-            "hypernetwork", stage, module, parts, stage.core_penalty, self._sampler(stage, seed)
+        sampler = self._sampler(stage)
+        start = self._start(module, hypernetwork, clustering, episodes, sampler, validate)
+        batches = EpisodeBatches(
+            self._train, clustering.train, episodes, stage, Seed(seed, "hypernetwork"), sampler
         )
+        parts = [(hypernetwork, 1.0), (bases, stage.bases_rate)]
+        optimiser = Stage[Batch]("hypernetwork", stage, module, parts, stage.core_penalty)
         return start, optimiser.run(batches, validate, self._runtime)
 
-    def _sampler(self, stage: StageSettings, seed: int) -> CandidateSampler | None:
+    def _start(
+        self,
+        module: AdaptedHead,
+        hypernetwork: CoreHypernetwork,
+        clustering: Clustering,
+        episodes: Sequence[Episode],
+        sampler: CandidateSampler | None,
+        validate: Callable[[], float],
+    ) -> StartResult:
+        """The closed form; the same in every worker, and kept like a stage."""
+        saved = self._runtime.load("start")
+        if saved is not None:
+            load_state(hypernetwork, saved.tensors)
+            return StartResult.from_json(saved.record)
+        curvature = Curvature.measure(module, self._train, sampler, _CURVATURE_ROWS)
+        groups = Groups.of(episodes, clustering.train, curvature)
+        start = fit_start(hypernetwork, groups, curvature, self._settings.hyper, validate)
+        saved = Saved(trained_state(hypernetwork), start.as_json(), finished=True)
+        self._runtime.save("start", saved, {"validation": start.losses[start.scale]})
+        return start
+
+    def _sampler(self, stage: StageSettings) -> CandidateSampler | None:
         if stage.candidates is None:
             return None
         vocabulary = len(self._base.head)
         counts = torch.zeros(vocabulary, dtype=torch.int64)
         for index in range(len(self._train)):
             counts += torch.bincount(self._train.targets(index), minlength=vocabulary)
-        return CandidateSampler(counts, *stage.candidates, seed)
+        return CandidateSampler(counts, *stage.candidates)
 
     def _validator(self, module: AdaptedHead, conditions: Conditions | None) -> Callable[[], float]:
         """Mean loss on a fixed sample of validation tokens, each conditioned as serving would."""
@@ -205,10 +225,7 @@ class HeadTraining:
 
         @torch.no_grad()
         def validate() -> float:
-            losses, _ = module(batch)
+            losses, _ = module(to_device(batch, module.weight.device))
             return float(losses.mean())
 
         return validate
-
-    def _worker_seed(self, seed: int) -> int:
-        return int(np.random.SeedSequence([seed, self._runtime.rank]).generate_state(1)[0])

@@ -87,7 +87,7 @@ def test_padding_is_not_scored(tmp_path: Path) -> None:
 
 def test_candidates_hold_every_target_and_stand_for_the_whole_vocabulary(targets) -> None:
     counts = torch.bincount(targets, minlength=500)
-    drawn = CandidateSampler(counts, always=10, sampled=40, seed=0).draw(targets)
+    drawn = CandidateSampler(counts, always=10, sampled=40).draw(targets, 0)
     assert set(targets.tolist()) <= set(drawn.tokens.tolist())
     assert float(drawn.offset.exp().sum()) == pytest.approx(500, rel=1e-5)
 
@@ -97,14 +97,14 @@ def test_sampled_loss_approaches_the_exact_one() -> None:
     head = 0.5 * torch.randn(2000, 16, generator=random)
     hidden = torch.randn(64, 16, generator=random)
     targets = torch.randint(2000, (64,), generator=random)
-    sampler = CandidateSampler(torch.bincount(targets, minlength=2000), 200, 600, seed=0)
-    sampled = [sampler.draw(targets).nll(hidden, head, targets).mean() for _ in range(20)]
+    sampler = CandidateSampler(torch.bincount(targets, minlength=2000), 200, 600)
+    sampled = [sampler.draw(targets, seed).nll(hidden, head, targets).mean() for seed in range(20)]
     exact = head_nll(hidden, head, targets).mean()
     assert float(torch.stack(sampled).mean()) == pytest.approx(float(exact), abs=0.05)
 
 
 def test_candidates_may_be_the_whole_vocabulary(head, hidden, targets) -> None:
-    everything = CandidateSampler(torch.ones(VOCAB, dtype=torch.int64), VOCAB, 5, 0).draw(targets)
+    everything = CandidateSampler(torch.ones(VOCAB, dtype=torch.int64), VOCAB, 5).draw(targets, 0)
     torch.testing.assert_close(
         everything.nll(hidden, head, targets), head_nll(hidden, head, targets)
     )

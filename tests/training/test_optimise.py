@@ -10,33 +10,46 @@ import torch
 from adapter_gen.apply import init_bases
 from adapter_gen.update import HEAD, Site, UpdateSpec
 from cluster_router.wire.errors import SetupError
+from training.checkpoints import Saved
 from training.config import StageSettings
 from training.modules import AdaptedHead, Batch, HeadBases
-from training.optimise import InProcess, Stage
+from training.optimise import Stage
+from training.runtime import InProcess
+from training.shares import Share, Split
 
 DIM, VOCAB = 8, 12
 SPEC = UpdateSpec("head", 2, DIM, (Site(HEAD, DIM, DIM),))
 
 
+def _batch(scale: float = 1.0) -> Batch:
+    hidden = scale * torch.ones(4, DIM)
+    return Batch(hidden, torch.full((4,), 3), torch.zeros(4, dtype=torch.int64))
+
+
 class OneToken:
-    """Batches in which every target is token 3: a shift alone learns them."""
+    """Batches in which every target is token 3: a shift alone learns them.
 
-    def __init__(self, scale: float = 1.0) -> None:
-        self.scale = scale
+    From step `broken` on the loss is no number.
+    """
 
-    def draw(self) -> Batch:
-        hidden = self.scale * torch.ones(4, DIM)
-        return Batch(hidden, torch.full((4,), 3), torch.zeros(4, dtype=torch.int64))
+    def __init__(self, broken: int = 10**9) -> None:
+        self.broken = broken
+
+    def draw(self, step: int, split: Split) -> list[Share[Batch]]:
+        batch = _batch(float("nan") if step >= self.broken else 1.0)
+        part = 1 / split.accumulate
+        return [Share(batch, 4, part, part, step) for _ in range(split.accumulate)]
 
 
 class Recorder(InProcess):
     """Keeps what is reported."""
 
     def __init__(self) -> None:
-        self.steps: list[int] = []
+        super().__init__()
+        self.steps: list[float] = []
 
-    def report(self, stage: str, step: int, metrics: Mapping[str, float]) -> None:
-        self.steps.append(step)
+    def save(self, stage: str, saved: Saved, metrics: Mapping[str, float]) -> None:
+        self.steps.append(metrics["step"])
 
 
 @pytest.fixture
@@ -45,7 +58,7 @@ def module() -> AdaptedHead:
     return AdaptedHead(HeadBases(init_bases(SPEC, 0)), None, weight)
 
 
-def _stage(module: AdaptedHead, **changes: object) -> Stage:
+def _stage(module: AdaptedHead, **changes: object) -> Stage[Batch]:
     settings = StageSettings.model_validate(
         {"steps": 40, "learning_rate": 0.05, "evaluate_every": 5, "patience": 2, **changes}
     )
@@ -53,7 +66,7 @@ def _stage(module: AdaptedHead, **changes: object) -> Stage:
 
 
 def _loss(module: AdaptedHead) -> float:
-    return float(module(OneToken().draw())[0].mean().detach())
+    return float(module(_batch())[0].mean().detach())
 
 
 def test_training_lowers_the_loss_and_reports_each_validation(module: AdaptedHead) -> None:
@@ -88,4 +101,4 @@ def test_a_stage_that_never_improves_changes_nothing(module: AdaptedHead) -> Non
 
 def test_a_loss_that_is_not_a_number_names_the_setting(module: AdaptedHead) -> None:
     with pytest.raises(SetupError, match="learning_rate"):
-        _stage(module).run(OneToken(float("nan")), lambda: 1.0, InProcess())
+        _stage(module).run(OneToken(broken=1), lambda: 1.0, InProcess())

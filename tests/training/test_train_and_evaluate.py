@@ -20,7 +20,7 @@ from training.cli import main
 from training.config import TrainSettings
 from training.evaluate import GAINS, VARIANTS
 from training.jobs import EvaluateJob, TrainJob
-from training.optimise import InProcess
+from training.runtime import InProcess
 
 
 @pytest.fixture(scope="module")
