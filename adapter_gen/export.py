@@ -6,6 +6,7 @@ import io
 import json
 import zipfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from safetensors.torch import save
@@ -34,19 +35,39 @@ from transformers import AutoModelForCausalLM
 model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base_model}"), ".")
 ```
 
-## What this adapter does not carry
+## What this adapter carries
 
-{missing}
+{carried}
 
 - It stays as it is: the service generates the update again when its cluster moves.
-- Where the base model ties its LM head to its input embedding, do not merge the adapter into the
-  weights: that would change the embedding too.
+- Do not merge it into the weights. The update of the LM head would change the input embedding too
+  where the base model ties them, and a head without a bias has no place for the shift.
 """
 
 _SHIFT = """\
-- The shift of the final hidden state, which adds the same vector W s to the logits at every
-  position. LoRA is a product with the hidden state and has no place for a constant.
+- The shift s of the final hidden state adds the same vector W s to the logits at every position.
   Its size here: |s| = {norm:.6g}, largest |W s| = {largest:.6g}."""
+_WITH_SHIFT = """\
+- All of the update: PEFT computes the same logits.
+{shift}
+- The shift is the bias of the head's `lora_B` (`lora_bias`, PEFT 0.14 or later). A server that does
+  not know `lora_bias` needs an export without it, which leaves the shift out."""
+_WITHOUT_SHIFT = """\
+- All of the update but the shift of the final hidden state, which needs `lora_bias`.
+{shift}"""
+_PAPER = "- All of the update: this form is a plain LoRA."
+
+MANIFEST = "export.json"
+"""File of an export that says, for programs, what the adapter carries; PEFT does not read it."""
+
+
+@dataclass(frozen=True)
+class _Factors:
+    """LoRA of one module: A [r, in], B [out, r], and the bias [out] of `lora_B`, None for zeros."""
+
+    a: Tensor
+    b: Tensor
+    bias: Tensor | None = None
 
 
 def export_peft(
@@ -56,13 +77,14 @@ def export_peft(
     base_model: str,
     head_weight: Tensor,
     head_module: str = "lm_head",
+    lora_bias: bool = True,
 ) -> dict[str, bytes]:
     """The files of a PEFT LoRA adapter, by name.
 
     A linear's update U (S0 + g dS) V is LoRA with A = V and B = U (S0 + g dS). On the final hidden
-    state h it reaches the logits as W (h + U E V h), which is LoRA on the LM head with A = V and
-    B = W U E. The head shift has no LoRA form; the README states its size. PEFT itself sets
-    `fan_in_fan_out` for GPT-2's transposed layers, whose A and B have the shapes of any other's.
+    state h it reaches the logits as W (h + s + U E V h): LoRA on the LM head with A = V, B = W U E
+    and, since W s does not depend on h, a bias of `lora_B`. PEFT itself sets `fan_in_fan_out` for
+    GPT-2's transposed layers, whose A and B have the shapes of any other's.
 
     Args:
         delta: the update, of any depth; a static one exports the shared part.
@@ -71,6 +93,13 @@ def export_peft(
         base_model: name or path under which PEFT finds the base model.
         head_weight: [vocab, hidden], weight W of the LM head.
         head_module: module path of the LM head.
+        lora_bias: whether the adapter may use PEFT's option of that name. Without it the shift is
+            left out; servers that do not know the option read only such an adapter. The paper's
+            form has no shift and never needs it.
+
+    Returns:
+        `adapter_config.json`, `adapter_model.safetensors`, `README.md` and `export.json`. The last
+        two say what is carried and what is not; `adapter_gen.fidelity` measures it on text.
 
     Raises:
         DeltaError: `delta` or `head_weight` does not fit `spec`.
@@ -82,22 +111,19 @@ def export_peft(
         )
     head = head_weight.detach().to("cpu", torch.float32)
     generated = Generated.of(delta)
-    if spec.depth == "paper":
-        factors = _paper_factors(generated, spec)
-        alpha, missing = spec.alpha, "- Nothing of the update: this form is a plain LoRA."
+    shift = None if spec.depth == "paper" else _Shift.of(generated, bases, head)
+    lora_bias = lora_bias and shift is not None
+    if shift is None:
+        factors, alpha = _paper_factors(generated, spec), spec.alpha
     else:
-        factors = _core_factors(generated, spec, bases, head, head_module)
-        alpha, missing = float(spec.rank), _describe_shift(generated, bases, head)
-    cluster = delta.key.cluster
+        bias = shift.logits if lora_bias else None
+        factors = _core_factors(generated, spec, bases, head, head_module, bias)
+        alpha = float(spec.rank)
     return {
-        "adapter_config.json": _config(base_model, list(factors), spec.rank, alpha),
-        "adapter_model.safetensors": _weights(factors),
-        "README.md": _CARD.format(
-            base_model=base_model,
-            cluster="the static update" if cluster is None else f"cluster {cluster}",
-            key=delta.key.id,
-            missing=missing,
-        ).encode(),
+        "adapter_config.json": _config(base_model, list(factors), spec.rank, alpha, lora_bias),
+        "adapter_model.safetensors": _weights(factors, lora_bias),
+        "README.md": _card(delta, base_model, shift, lora_bias),
+        MANIFEST: _manifest(delta, base_model, shift, lora_bias),
     }
 
 
@@ -111,52 +137,112 @@ def zip_files(files: Mapping[str, bytes]) -> bytes:
     return buffer.getvalue()
 
 
-def _paper_factors(generated: Generated, spec: UpdateSpec) -> dict[str, tuple[Tensor, Tensor]]:
+@dataclass(frozen=True)
+class _Shift:
+    """The head shift: its length |s|, and W s [vocab], what it adds to every position's logits."""
+
+    norm: float
+    logits: Tensor
+
+    @classmethod
+    def of(cls, generated: Generated, bases: SharedBases, head: Tensor) -> _Shift:
+        assert generated.shift is not None
+        shift = bases.shift.detach() + generated.shift[0]
+        return cls(float(shift.norm()), head @ shift)
+
+    @property
+    def largest(self) -> float:
+        """The most it moves a logit."""
+        return float(self.logits.abs().max())
+
+
+def _paper_factors(generated: Generated, spec: UpdateSpec) -> dict[str, _Factors]:
     assert generated.lora_a is not None
     assert generated.lora_b is not None
-    return {spec.sites[0].name: (generated.lora_a[0], generated.lora_b[0])}
+    return {spec.sites[0].name: _Factors(generated.lora_a[0], generated.lora_b[0])}
 
 
 def _core_factors(
-    generated: Generated, spec: UpdateSpec, bases: SharedBases, head: Tensor, head_module: str
-) -> dict[str, tuple[Tensor, Tensor]]:
+    generated: Generated,
+    spec: UpdateSpec,
+    bases: SharedBases,
+    head: Tensor,
+    head_module: str,
+    head_bias: Tensor | None,
+) -> dict[str, _Factors]:
     assert generated.cores is not None
     factors = {}
     for index, site in enumerate(spec.sites):
+        a = bases.v[index].detach()
         b = bases.u[index].detach() @ (bases.s0[index].detach() + generated.cores[0, index])
         if index == spec.head:
-            factors[head_module] = (bases.v[index].detach(), head @ b)
+            factors[head_module] = _Factors(a, head @ b, head_bias)
         else:
-            factors[site.name] = (bases.v[index].detach(), b)
+            factors[site.name] = _Factors(a, b)
     return factors
 
 
-def _describe_shift(generated: Generated, bases: SharedBases, head: Tensor) -> str:
-    assert generated.shift is not None
-    shift = bases.shift.detach() + generated.shift[0]
-    return _SHIFT.format(norm=float(shift.norm()), largest=float((head @ shift).abs().max()))
-
-
-def _weights(factors: Mapping[str, tuple[Tensor, Tensor]]) -> bytes:
+def _weights(factors: Mapping[str, _Factors], lora_bias: bool) -> bytes:
     tensors = {}
-    for module, (a, b) in factors.items():
-        tensors[f"base_model.model.{module}.lora_A.weight"] = a.contiguous()
-        tensors[f"base_model.model.{module}.lora_B.weight"] = b.contiguous()
+    for module, one in factors.items():
+        prefix = f"base_model.model.{module}.lora"
+        tensors[f"{prefix}_A.weight"] = one.a.contiguous()
+        tensors[f"{prefix}_B.weight"] = one.b.contiguous()
+        if lora_bias:
+            # PEFT gives a bias to every module or to none, and wants each of them in the file.
+            bias = one.b.new_zeros(len(one.b)) if one.bias is None else one.bias
+            tensors[f"{prefix}_B.bias"] = bias
     return save(tensors, metadata={"format": "pt"})
 
 
-def _config(base_model: str, modules: list[str], rank: int, alpha: float) -> bytes:
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base_model,
-        "inference_mode": True,
-        "r": rank,
-        "lora_alpha": alpha,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "target_modules": modules,
-        "modules_to_save": None,
-    }
-    return (json.dumps(config, indent=2) + "\n").encode()
+def _config(base_model: str, modules: list[str], rank: int, alpha: float, lora_bias: bool) -> bytes:
+    return _json(
+        {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": base_model,
+            "inference_mode": True,
+            "r": rank,
+            "lora_alpha": alpha,
+            "lora_dropout": 0.0,
+            "lora_bias": lora_bias,
+            "bias": "none",
+            "fan_in_fan_out": False,
+            "target_modules": modules,
+            "modules_to_save": None,
+        }
+    )
+
+
+def _card(delta: LoraDelta, base_model: str, shift: _Shift | None, lora_bias: bool) -> bytes:
+    cluster = delta.key.cluster
+    carried = _PAPER
+    if shift is not None:
+        size = _SHIFT.format(norm=shift.norm, largest=shift.largest)
+        carried = (_WITH_SHIFT if lora_bias else _WITHOUT_SHIFT).format(shift=size)
+    return _CARD.format(
+        base_model=base_model,
+        cluster="the static update" if cluster is None else f"cluster {cluster}",
+        key=delta.key.id,
+        carried=carried,
+    ).encode()
+
+
+def _manifest(delta: LoraDelta, base_model: str, shift: _Shift | None, lora_bias: bool) -> bytes:
+    left_out = shift is not None and not lora_bias
+    sizes = None if shift is None else {"norm": shift.norm, "largest_logit": shift.largest}
+    return _json(
+        {
+            "base_model": base_model,
+            "base_fingerprint": delta.key.base,
+            "update": delta.key.id,
+            "cluster": delta.key.cluster,
+            "not_carried": ["head_shift"] if left_out else [],
+            "needs": ["lora_bias"] if lora_bias else [],
+            "head_shift": sizes,
+        }
+    )
+
+
+def _json(value: dict[str, object]) -> bytes:
+    return (json.dumps(value, indent=2) + "\n").encode()

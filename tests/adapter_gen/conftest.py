@@ -18,8 +18,10 @@ from transformers import (
 from adapter_gen.apply import init_bases
 from adapter_gen.bundle import Bundle
 from adapter_gen.hypernetwork import CoreConfig, Hypernetwork, PaperConfig
-from adapter_gen.update import HEAD, Depth, SharedBases, Site, UpdateSpec
+from adapter_gen.sites import discover_sites
+from adapter_gen.update import HEAD, Depth, LoraDelta, SharedBases, Site, UpdateSpec
 from cluster_router.wire.snapshot import ClusterSnapshot
+from cluster_router.wire.types import AdapterKey
 
 DIM = 12
 SPECS = {
@@ -137,3 +139,13 @@ def model(request: pytest.FixtureRequest) -> PreTrainedModel:
     }
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(configs[request.param]).eval()
+
+
+@pytest.fixture
+def parts(model: PreTrainedModel, depth: Depth) -> tuple[UpdateSpec, SharedBases, LoraDelta]:
+    """An update of `model` at each depth, with all that it takes to apply it."""
+    spec = discover_sites(model, depth, rank=3, alpha=6.0)
+    module = trained(spec, 8)
+    key = AdapterKey("base", "hyper", 4, 2)
+    delta = module(torch.randn(1, 8), torch.tensor([40.0])).delta(0, key, spec)
+    return spec, random_bases(spec), delta

@@ -1,38 +1,23 @@
 import io
 import json
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load
 from transformers import PreTrainedModel
 
 from adapter_gen.apply import adapted
-from adapter_gen.export import export_peft, zip_files
-from adapter_gen.hypernetwork import Generated, Hypernetwork
-from adapter_gen.sites import discover_sites
-from adapter_gen.update import Depth, LoraDelta, SharedBases, UpdateSpec
+from adapter_gen.export import MANIFEST, export_peft, zip_files
+from adapter_gen.hypernetwork import Generated
+from adapter_gen.update import LoraDelta, SharedBases, UpdateSpec
 from cluster_router.wire.errors import DeltaError
 from cluster_router.wire.types import AdapterKey
 
-KEY = AdapterKey("base", "hyper", 4, 2)
 TOKENS = torch.tensor([[5, 9, 2, 30, 11, 7], [1, 1, 8, 39, 0, 3]])
-
-
-@pytest.fixture
-def parts(
-    model: PreTrainedModel,
-    depth: Depth,
-    make_hypernetwork: Callable[..., Hypernetwork],
-    make_bases: Callable[[UpdateSpec], SharedBases],
-) -> tuple[UpdateSpec, SharedBases, LoraDelta]:
-    spec = discover_sites(model, depth, rank=3, alpha=6.0)
-    module = make_hypernetwork(spec, 8)
-    delta = module(torch.randn(1, 8), torch.tensor([40.0])).delta(0, KEY, spec)
-    return spec, make_bases(spec), delta
 
 
 def logits_of(model: torch.nn.Module) -> torch.Tensor:
@@ -56,17 +41,40 @@ def test_peft_computes_the_reference(
         (tmp_path / name).write_bytes(data)
 
     loaded = PeftModel.from_pretrained(model, tmp_path).eval()
-    carried = logits_of(loaded)
+    torch.testing.assert_close(logits_of(loaded), expected, rtol=1e-4, atol=1e-5)
     with loaded.disable_adapter():
         torch.testing.assert_close(logits_of(loaded), plain)
+    manifest = json.loads((tmp_path / MANIFEST).read_bytes())
+    assert manifest["update"] == delta.key.id
+    assert manifest["not_carried"] == []
+    assert manifest["needs"] == ([] if spec.depth == "paper" else ["lora_bias"])
 
-    constant = torch.zeros(40)
-    if spec.depth != "paper":
+
+def test_without_lora_bias_the_shift_alone_is_left_out_and_said(
+    model: PreTrainedModel, parts: tuple[UpdateSpec, SharedBases, LoraDelta], tmp_path: Path
+) -> None:
+    spec, bases, delta = parts
+    weight = model.get_output_embeddings().weight.detach().clone()
+    with adapted(model, spec, bases, Generated.of(delta)):
+        expected = logits_of(model)
+    files = export_peft(delta, spec, bases, "test/base", weight, lora_bias=False)
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+    names = load(files["adapter_model.safetensors"])
+    assert not [name for name in names if name.endswith("bias")]
+    carried = logits_of(PeftModel.from_pretrained(model, tmp_path).eval())
+    manifest = json.loads(files[MANIFEST])
+    if spec.depth == "paper":
+        constant = torch.zeros(40)
+        assert manifest["not_carried"] == []
+    else:
         shift = bases.shift + torch.tensor(delta.shift, dtype=torch.float32)
         constant = weight @ shift
-        readme = (tmp_path / "README.md").read_text()
+        readme = files["README.md"].decode()
         assert f"|s| = {shift.norm():.6g}" in readme
         assert f"|W s| = {constant.abs().max():.6g}" in readme
+        assert manifest["not_carried"] == ["head_shift"]
+        assert manifest["head_shift"]["norm"] == pytest.approx(float(shift.norm()))
     torch.testing.assert_close(carried + constant, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -74,7 +82,6 @@ def test_static_update_exports_the_shared_part(
     model: PreTrainedModel, parts: tuple[UpdateSpec, SharedBases, LoraDelta], tmp_path: Path
 ) -> None:
     spec, bases, _ = parts
-    bases = SharedBases(bases.u, bases.v, bases.s0, torch.zeros_like(bases.shift))
     static = LoraDelta.static(AdapterKey("base", "hyper", None, 0), spec)
     with adapted(model, spec, bases, Generated.of(static)):
         expected = logits_of(model)
@@ -107,6 +114,6 @@ def test_refuses_parts_that_do_not_fit(
     weight = model.get_output_embeddings().weight
     with pytest.raises(DeltaError, match="head_weight"):
         export_peft(delta, spec, bases, "test/base", weight.T)
-    broken = LoraDelta(KEY, cores=np.zeros((1, 2, 2), np.float16))
+    broken = LoraDelta(delta.key, cores=np.zeros((1, 2, 2), np.float16))
     with pytest.raises(DeltaError, match="must be"):
         export_peft(broken, spec, bases, "test/base", weight)
