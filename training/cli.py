@@ -1,4 +1,4 @@
-"""Command line: `python -m training train ...` and `python -m training evaluate ...`."""
+"""Command line: `python -m training <command>`; `--help` lists the commands."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from training.artefact import Artefact
 from training.card import table
 from training.config import load_settings
 from training.jobs import EvaluateJob, TrainJob
+from training.paper.command import add_parser as add_reproduce_paper
 from training.runtime import InProcess
 
 _FAILED = 2
@@ -60,6 +61,7 @@ def _parser() -> argparse.ArgumentParser:
             default=default_cache() / "features",
             help="where computed features are kept (default: %(default)s)",
         )
+    add_reproduce_paper(commands)
     return parser
 
 
