@@ -6,7 +6,6 @@ A run that ends early leaves `<out>.partial`; `--resume` goes on from it.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cluster_router.wire.errors import BundleError, ConfigError
+from cluster_router.wire.errors import BundleError, ConfigError, SetupError
 
 _RECORD = "record"
 _SETTINGS = "run.json"
@@ -107,7 +106,7 @@ class PartialRun:
         Raises:
             BundleError: an unfinished run is there and `resume` is not asked for.
             ConfigError: the unfinished run is another one, or was run in another way.
-            OSError: the folder cannot be written.
+            SetupError: the folder cannot be written.
         """
         partial = cls(out.with_name(out.name + ".partial"))
         known = partial._known()
@@ -123,27 +122,39 @@ class PartialRun:
                 "restore them, or remove the folder to start again",
                 changed[0],
             )
-        partial.folder.mkdir(parents=True, exist_ok=True)
-        temporary = partial.folder / f"{_SETTINGS}.{os.getpid()}"
-        temporary.write_text(json.dumps(run, indent=1), encoding="utf-8")
-        temporary.replace(partial.folder / _SETTINGS)
+        try:
+            partial._begin(run, fresh=known is None)
+        except OSError as error:
+            raise SetupError(
+                f"cannot write {partial.folder}: {error}; free some space or name another --out",
+                "out",
+            ) from error
         return partial
 
     def remove(self) -> None:
         """The run is finished and its result written."""
         shutil.rmtree(self.folder)
 
+    def _begin(self, run: Mapping[str, Any], fresh: bool) -> None:
+        if fresh and self.folder.exists():
+            shutil.rmtree(self.folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        temporary = self.folder / f"{_SETTINGS}.tmp"
+        temporary.write_text(json.dumps(run, indent=1), encoding="utf-8")
+        temporary.replace(self.folder / _SETTINGS)
+
     def _known(self) -> dict[str, Any] | None:
+        """The run that left checkpoints here; one that ended before its first left nothing."""
+        if not any(self.folder.rglob("*.safetensors")):
+            return None
         try:
             known: dict[str, Any] = json.loads((self.folder / _SETTINGS).read_bytes())
-        except FileNotFoundError:
-            return None
-        except ValueError as error:
+        except (OSError, ValueError) as error:
             raise BundleError(f"{self.folder} is damaged: {error}; remove it") from error
         return known
 
 
-def _changed(old: Mapping[str, Any], new: Mapping[str, Any], depth: int = 0) -> set[str]:
+def _changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> set[str]:
     """Dotted names of the values that differ, except those that may."""
     names: set[str] = set()
     for key in old.keys() | new.keys():
@@ -151,8 +162,7 @@ def _changed(old: Mapping[str, Any], new: Mapping[str, Any], depth: int = 0) -> 
         if before == after or key in _FREE | _STAGE_FREE:
             continue
         if isinstance(before, dict) and isinstance(after, dict):
-            inner = _changed(before, after, depth + 1)
-            names |= inner if depth == 0 else {f"{key}.{name}" for name in inner}
+            names |= {f"{key}.{name}" for name in _changed(before, after)}
         else:
             names.add(key)
     return names

@@ -13,6 +13,7 @@ from cluster_router.wire.errors import BundleError, ChameleonError
 from lm_workers.models.source import default_cache
 from training.artefact import Artefact
 from training.card import table
+from training.checkpoints import PartialRun
 from training.config import load_settings
 from training.jobs import EvaluateJob, TrainJob
 from training.paper.command import add_parser as add_reproduce_paper
@@ -32,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return _FAILED
     except KeyboardInterrupt:
-        print("interrupted; features computed so far are kept", file=sys.stderr)
+        print("interrupted; --resume goes on from the last checkpoint", file=sys.stderr)
         return 130
     return 0
 
@@ -45,7 +46,16 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--out", type=Path, default=Path("bundle"), help="folder to write")
     train.add_argument("--holdout", help="domains to hold out, separated by commas")
     train.add_argument("--seed", type=int, help="replaces the seed of the config")
-    train.add_argument("--workers", type=int, help="replaces the workers of the config")
+    train.add_argument(
+        "--workers",
+        type=_workers,
+        metavar="N[,M]",
+        help="replaces the workers of the config: 0 for this process, N Ray Train workers, "
+        "or from N to M of them, as many as the cluster has room for",
+    )
+    train.add_argument(
+        "--resume", action="store_true", help="go on with an interrupted run of --out, if any"
+    )
     train.set_defaults(run=_train)
     evaluate = commands.add_parser("evaluate", help="measure a bundle on the test split")
     evaluate.add_argument("--bundle", type=Path, required=True, help="folder that train wrote")
@@ -79,20 +89,27 @@ def _train(options: argparse.Namespace) -> None:
     job = TrainJob(
         settings, options.data.resolve(), options.cache.resolve(), "python -m training train"
     )
-    _run(job, options.cache).save(options.out)
+    partial = PartialRun.open(options.out, job.as_json(), options.resume)
+    _run(job, partial.folder).save(options.out)
+    partial.remove()
     print(
         f"wrote {options.out}; measure it with: "
         f"python -m training evaluate --bundle {options.out} --data {options.data}"
     )
 
 
-def _run(job: TrainJob, cache: Path) -> Artefact:
+def _workers(text: str) -> int | list[int]:
+    counts = [int(part) for part in text.split(",")]
+    return counts[0] if len(counts) == 1 else counts
+
+
+def _run(job: TrainJob, partial: Path) -> Artefact:
     if job.settings.workers == 0:
-        return job.run(InProcess())
+        return job.run(InProcess(partial))
     # Ray takes a second to import, and a run in this process does without it.
     from training.ray_train import train_with_ray
 
-    return train_with_ray(job, (cache.parent / "ray").resolve())
+    return train_with_ray(job, partial.resolve())
 
 
 def _evaluate(options: argparse.Namespace) -> None:

@@ -45,6 +45,14 @@ class TrainJob:
     cache: Path
     created_by: str
 
+    def as_json(self) -> dict[str, Any]:
+        """What is run, for an interrupted run to be recognised by."""
+        return {
+            "settings": self.settings.model_dump(mode="json"),
+            "data": str(self.data),
+            "in_this_process (workers 0)": self.settings.workers == 0,
+        }
+
     def prepare(self) -> None:
         """Compute every feature the run needs, so that workers only read them."""
         self._features()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Generic
 
@@ -101,7 +101,7 @@ class Stage(Generic[B]):
 
         Args:
             batches: global batches, of which each worker draws its share.
-            validate: loss of the module as it is, in nats per token.
+            validate: loss of the module, in nats per token; called in evaluation mode.
             runtime: the place to run in.
 
         Raises:
@@ -237,7 +237,8 @@ class _Run(Generic[B]):
 
     def _validation(self, step: int) -> float:
         """The validation loss that all workers agree on."""
-        own = torch.tensor(self._validate(), dtype=torch.float64).to(self._runtime.device)
+        with _evaluating(self._stage.module):
+            own = torch.tensor(self._validate(), dtype=torch.float64).to(self._runtime.device)
         loss = float(self._runtime.total(own)) / self._runtime.world
         self._check("validation loss", loss, step)
         return loss
@@ -282,6 +283,16 @@ def load_state(module: nn.Module, state: State) -> None:
     """Put back what `trained_state` gave."""
     unexpected = module.load_state_dict(state, strict=False).unexpected_keys
     assert not unexpected, unexpected
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Without dropout; afterwards each part is in the mode it was in (a frozen LM never trains)."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    yield
+    for part, training in modes:
+        part.training = training
 
 
 def _optimiser_state(optimiser: torch.optim.Optimizer) -> State:

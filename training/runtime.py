@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from cluster_router.wire.errors import SetupError
 from training.checkpoints import Saved, StageFiles
 
 
@@ -80,6 +81,17 @@ class InProcess:
         return None if self._files is None else self._files.load(stage)
 
     def save(self, stage: str, saved: Saved, _metrics: Mapping[str, float]) -> None:
-        """See `Runtime.save`."""
-        if self._files is not None:
+        """See `Runtime.save`.
+
+        Raises:
+            SetupError: the folder cannot be written, for instance because the disk is full.
+        """
+        if self._files is None:
+            return
+        try:
             self._files.save(stage, saved)
+        except OSError as error:
+            raise SetupError(
+                f"cannot write a checkpoint to {self._files.folder}: {error}; "
+                "free some space and go on with --resume"
+            ) from error

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from adapter_gen.apply import init_bases
 from adapter_gen.update import HEAD, Site, UpdateSpec
 from cluster_router.wire.errors import SetupError
-from training.checkpoints import Saved
+from training.checkpoints import Saved, StageFiles
 from training.config import StageSettings
 from training.modules import AdaptedHead, Batch, HeadBases
 from training.optimise import Stage
@@ -100,5 +102,153 @@ def test_a_stage_that_never_improves_changes_nothing(module: AdaptedHead) -> Non
 
 
 def test_a_loss_that_is_not_a_number_names_the_setting(module: AdaptedHead) -> None:
-    with pytest.raises(SetupError, match="learning_rate"):
+    with pytest.raises(SetupError, match=r"stage test is nan at step 1; .*learning_rate"):
         _stage(module).run(OneToken(broken=1), lambda: 1.0, InProcess())
+
+
+def test_divergence_keeps_the_last_good_checkpoint_and_says_where(
+    module: AdaptedHead, tmp_path: Path
+) -> None:
+    with pytest.raises(SetupError, match=f"step 13; .* is of step 10, in {tmp_path}"):
+        _stage(module).run(OneToken(broken=13), lambda: _loss(module), InProcess(tmp_path))
+    saved = StageFiles(tmp_path).load("test")
+    assert saved is not None and not saved.finished
+    assert saved.record["steps"] == 10
+    assert all(tensor.isfinite().all() for tensor in saved.tensors.values())
+
+
+def test_a_validation_loss_that_is_not_a_number_ends_the_stage(module: AdaptedHead) -> None:
+    losses = iter([1.0, float("inf")])
+    with pytest.raises(SetupError, match="validation loss of stage test is inf at step 5"):
+        _stage(module).run(OneToken(), lambda: next(losses), InProcess())
+
+
+class Noisy(nn.Module):
+    """A linear model under dropout, beside a frozen part; its penalty is the batch's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(DIM, 1)
+        self.frozen = nn.Linear(DIM, DIM)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            for parameter in self.parameters():
+                nn.init.normal_(parameter)
+
+    def forward(self, batch: Tensor) -> tuple[Tensor, Tensor]:
+        kept = nn.functional.dropout(self.frozen(batch), 0.3, self.training)
+        return self.linear(kept).squeeze(1).square(), self.linear(batch).mean().square()
+
+
+class Rows:
+    """Random rows, a fifth of them in the first share of two."""
+
+    def draw(self, step: int, split: Split) -> list[Share[Tensor]]:
+        random = torch.Generator().manual_seed(step)
+        rows = torch.randn(20, DIM, generator=random)
+        parts = [rows] if split.accumulate == 1 else [rows[:4], rows[4:]]
+        return [Share(part, 20, len(part) / 20, len(part) / 20, step) for part in parts]
+
+
+def _noisy(**changes: object) -> tuple[Noisy, Stage[Tensor]]:
+    module = Noisy()
+    settings = {"steps": 30, "learning_rate": 0.05, "evaluate_every": 5, "patience": 9, **changes}
+    groups = [(module.linear, 1.0)]
+    return module, Stage("noisy", StageSettings.model_validate(settings), module, groups, 0.1)
+
+
+def _held_out(module: Noisy) -> float:
+    with torch.no_grad():
+        return float(module(torch.ones(3, DIM))[0].mean())
+
+
+def test_accumulated_shares_are_one_global_batch() -> None:
+    curves = []
+    for accumulate in (1, 2):
+        module, stage = _noisy(accumulate=accumulate)
+        module.eval()
+        stage = Stage("noisy", stage.settings, module, [(module.linear, 1.0)])
+        curves.append(stage.run(Rows(), lambda m=module: _held_out(m), InProcess()).curve)
+    for one, two in zip(*curves, strict=True):
+        assert one == pytest.approx(two, rel=1e-4)
+
+
+def test_bfloat16_rounds_the_same_descent() -> None:
+    results = []
+    for precision in ("fp32", "bf16"):
+        module, stage = _noisy(precision=precision)
+        results.append(stage.run(Rows(), lambda m=module: _held_out(m), InProcess()))
+        assert module.linear.weight.dtype == torch.float32
+    assert results[0].curve != results[1].curve
+    assert results[0].best_loss == pytest.approx(results[1].best_loss, abs=0.1)
+
+
+def _interrupted(folder: Path, after: int) -> None:
+    """A run that is cut off in its validation number `after`."""
+    module, stage = _noisy()
+    left = iter(range(after))
+
+    def validate() -> float:
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return _held_out(module)
+
+    with pytest.raises(KeyboardInterrupt):
+        stage.run(Rows(), validate, InProcess(folder))
+
+
+def test_a_resumed_stage_ends_as_an_undisturbed_one(tmp_path: Path) -> None:
+    module, stage = _noisy()
+    expected = stage.run(Rows(), lambda: _held_out(module), InProcess())
+    _interrupted(tmp_path, after=4)
+    other, stage = _noisy()
+    assert stage.run(Rows(), lambda: _held_out(other), InProcess(tmp_path)) == expected
+    assert torch.equal(other.linear.weight, module.linear.weight)
+
+
+def test_a_finished_stage_is_not_trained_again(tmp_path: Path) -> None:
+    module, stage = _noisy()
+    expected = stage.run(Rows(), lambda: _held_out(module), InProcess(tmp_path))
+    other, stage = _noisy()
+    broken = OneToken(broken=0)
+    assert stage.run(broken, lambda: float("nan"), InProcess(tmp_path)) == expected  # type: ignore[arg-type]
+    assert torch.equal(other.linear.weight, module.linear.weight)
+
+
+def test_a_resumed_stage_may_go_on_more_carefully(tmp_path: Path) -> None:
+    _interrupted(tmp_path, after=3)
+    module, stage = _noisy(learning_rate=1e-9)
+    result = stage.run(Rows(), lambda: _held_out(module), InProcess(tmp_path))
+    losses = [loss for step, _, loss in result.curve if step >= 10]
+    assert losses == pytest.approx([losses[0]] * len(losses), rel=1e-5)
+
+
+def test_frozen_parameters_are_in_no_checkpoint(tmp_path: Path) -> None:
+    _interrupted(tmp_path, after=2)
+    saved = StageFiles(tmp_path).load("noisy")
+    assert saved is not None
+    assert {"module.linear.weight", "best.linear.weight"} <= saved.tensors.keys()
+    assert not any("frozen" in name for name in saved.tensors)
+
+
+def test_training_leaves_the_global_generator_alone() -> None:
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    module, stage = _noisy()
+    torch.manual_seed(7)
+    stage.run(Rows(), lambda: _held_out(module), InProcess())
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_dropout_is_off_in_validation_and_back_on_afterwards() -> None:
+    module, stage = _noisy()
+    module.frozen.eval()
+    modes = []
+
+    def validate() -> float:
+        modes.append(module.training)
+        return _held_out(module)
+
+    stage.run(Rows(), validate, InProcess())
+    assert set(modes) == {False}
+    assert (module.training, module.frozen.training) == (True, False)
