@@ -55,11 +55,10 @@ def reproduce(options: argparse.Namespace) -> None:
         SetupError: the report or the cache cannot be written.
     """
     report = Reproduction(_settings(options), _sources(options), options.cache.resolve()).run()
-    text = markdown(report)
     try:
         options.out.mkdir(parents=True, exist_ok=True)
         (options.out / "report.json").write_bytes(encode_json(report))
-        (options.out / "report.md").write_text(text, encoding="utf-8")
+        (options.out / "report.md").write_text(markdown(report), encoding="utf-8")
     except OSError as error:
         raise SetupError(f"cannot write {options.out}: {error}; name another folder", "out") from (
             error

@@ -106,8 +106,7 @@ def markdown(report: Mapping[str, Any]) -> str:
     settings, text = report["settings"], report["text"]
     gains = report["honest_models_honest_loss"]["gains"]
     return _REPORT.format(
-        **settings | {"seeds": ", ".join(str(seed) for seed in settings["seeds"])},
-        **{key: value for key, value in text.items() if key not in ("train", "validation", "test")},
+        **settings | text | {"seeds": ", ".join(str(seed) for seed in settings["seeds"])},
         setting=_setting(report),
         parameters=parameters_table(report),
         table_a=published_table(report),
@@ -116,7 +115,7 @@ def markdown(report: Mapping[str, Any]) -> str:
         table_b=honest_table(report["published_models_honest_loss"]),
         table_c=honest_table(report["honest_models_honest_loss"]),
         net=_interval(gains["net"]),
-        conditioning=_interval(gains["conditioning"]),
+        conditioning=_interval(gains["conditioning"]) if "conditioning" in gains else "one batch",
         scored=settings["length"] - settings["context"],
         train_name=text["train"],
         validation_name=text["validation"],

@@ -95,7 +95,9 @@ class Reproduction:
             ),
         }
         published_models = _variants(by_paper | other)
-        honest_models = _variants(fair) | {"misled": Variant(fair["hyper"], misled=True)}
+        honest_models = _variants(fair)
+        if len(test.batches) > 1:  # else there is no other batch to take a condition from
+            honest_models["misled"] = Variant(fair["hyper"], misled=True)
         return SeedRun(
             seed=seed,
             curves=curves,
