@@ -15,6 +15,8 @@ from training.artefact import Artefact
 from training.card import table
 from training.checkpoints import PartialRun
 from training.config import load_settings
+from training.data.command import DATA_HELP, location
+from training.data.command import add_parser as add_data
 from training.jobs import EvaluateJob, TrainJob
 from training.paper.command import add_parser as add_reproduce_paper
 from training.runtime import InProcess
@@ -63,8 +65,8 @@ def _parser() -> argparse.ArgumentParser:
         "--holdout", type=Path, help="an evaluated bundle of the same recipe with domains held out"
     )
     evaluate.set_defaults(run=_evaluate)
-    for command in (train, evaluate):
-        command.add_argument("--data", type=Path, required=True, help="folder of text by domain")
+    for command in (train, evaluate, add_data(commands)):
+        command.add_argument("--data", type=location, required=True, help=DATA_HELP)
         command.add_argument(
             "--cache",
             type=Path,
@@ -86,9 +88,7 @@ def _train(options: argparse.Namespace) -> None:
     if options.holdout:
         overrides["data.holdout"] = options.holdout.split(",")
     settings = load_settings(options.config, **overrides)
-    job = TrainJob(
-        settings, options.data.resolve(), options.cache.resolve(), "python -m training train"
-    )
+    job = TrainJob(settings, options.data, options.cache.resolve(), "python -m training train")
     partial = PartialRun.open(options.out, job.as_json(), options.resume)
     _run(job, partial.folder).save(options.out)
     partial.remove()

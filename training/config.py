@@ -25,12 +25,29 @@ class DataSettings(_Settings):
     `exclude` and `holdout` are shell-style patterns of domain names. Excluded domains are never
     trained on, whatever else is asked for (their licence forbids it); held-out domains could be,
     and are kept apart to measure unseen domains. Both are evaluated as unseen.
+
+    A document is the text of a row in `text_column`. Its domain is the name of the file, or the
+    value of `domain_column` where that is set. Where the data has no splits of its own, documents
+    are given to splits by a hash of `group_column`, up to its last `#`; without that column each
+    document stands alone.
+
+    The same text is never kept twice. `near_duplicates` (texts that share 60 % of their runs of
+    five words) are dropped too, kept, or dropped where the data has no splits of its own (`auto`);
+    a text in two splits stays in the earlier one.
+
+    A training document longer than a window gives up to `windows_per_document` of them;
+    validation and test use the first alone.
     """
 
+    text_column: Annotated[str, Field(min_length=1)] = "text"
+    group_column: Annotated[str, Field(min_length=1)] = "source"
+    domain_column: Annotated[str, Field(min_length=1)] | None = None
+    near_duplicates: Literal["auto", "drop", "keep"] = "auto"
     exclude: tuple[str, ...] = ()
     holdout: tuple[str, ...] = ()
     context_tokens: Positive = 128
     scored_tokens: Positive = 256
+    windows_per_document: Positive = 1
     train_documents: Annotated[int, Field(ge=2)] = 320
     validation_documents: Annotated[int, Field(ge=2)] = 32
     test_documents: Annotated[int, Field(ge=2)] = 64

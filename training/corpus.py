@@ -7,31 +7,33 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster_router.wire.errors import ConfigError
+from lm_workers.models import describe_model
+from training.base import FrozenBase
 from training.config import DataSettings
-from training.data import Split, WindowCutter, domains_in, select
+from training.data import Reader, Split, WindowCutter, open_reader, require_documents, select
 from training.features import FeatureCache, Features
 
 
 @dataclass(frozen=True)
 class Domains:
-    """Which domains of a data folder are trained on (`seen`) and which are only measured."""
+    """Which domains of a data set are trained on (`seen`) and which are only measured."""
 
     seen: tuple[str, ...]
     excluded: tuple[str, ...]
     held_out: tuple[str, ...]
 
     @classmethod
-    def of(cls, folder: Path, settings: DataSettings) -> Domains:
-        """Read the folder's domains.
+    def of(cls, reader: Reader, settings: DataSettings) -> Domains:
+        """Sort the reader's domains.
 
         Raises:
-            ConfigError: the folder is missing, no domain is left, or a held-out name is not there.
+            ConfigError: no domain is left, or a held-out name is not there.
         """
-        names = domains_in(folder, "train")
+        names = reader.domains()
         for pattern in settings.holdout:
             if not select(names, [pattern]):
                 raise ConfigError(
-                    f"no domain of {folder} matches the held-out {pattern!r}; "
+                    f"no domain of the data matches the held-out {pattern!r}; "
                     f"there are {', '.join(names)}",
                     "data.holdout",
                 )
@@ -40,7 +42,7 @@ class Domains:
         seen = tuple(name for name in names if name not in {*excluded, *held_out})
         if not seen:
             raise ConfigError(
-                f"every domain of {folder} is excluded or held out; nothing is left to train on",
+                "every domain of the data is excluded or held out; nothing is left to train on",
                 "data.exclude",
             )
         return cls(seen, tuple(excluded), tuple(held_out))
@@ -48,16 +50,61 @@ class Domains:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Reads the splits of a data folder as features."""
+    """Reads the splits of a data set as features."""
 
-    folder: Path
+    reader: Reader
     settings: DataSettings
     domains: Domains
     cutter: WindowCutter
     cache: FeatureCache
 
+    @classmethod
+    def open(
+        cls, data: str | Path, settings: DataSettings, base: FrozenBase, cache: Path
+    ) -> Corpus:
+        """Open the data that `--data` names for a base model.
+
+        Args:
+            data: see `open_reader`.
+            settings: which domains and how many documents, and how they are cut.
+            base: tokenises the text and computes the features.
+            cache: folder of computed features and inventories.
+
+        Raises:
+            ConfigError: there is no data, nothing to train on, or windows exceed the base model's
+                context.
+            SetupError: a library is missing, a dataset cannot be fetched, `cache` cannot be
+                written.
+        """
+        size = settings.context_tokens + settings.scored_tokens
+        longest = describe_model(base.path, base.path.name).context_length
+        if size > longest:
+            raise ConfigError(
+                f"windows of {size} tokens do not fit in the base model's context of {longest}; "
+                "lower data.context_tokens or data.scored_tokens",
+                "data.scored_tokens",
+            )
+        reader = open_reader(data, settings, cache)
+        return cls(
+            reader=reader,
+            settings=settings,
+            domains=Domains.of(reader, settings),
+            cutter=WindowCutter(base.tokenizer, settings.context_tokens, settings.scored_tokens),
+            cache=FeatureCache(cache, base.fingerprint, base.encode),
+        )
+
     def split(self, split: Split, names: Sequence[str]) -> Features:
-        """Features of one split of some domains, domain after domain."""
+        """Features of one split of some domains, domain after domain.
+
+        Raises:
+            ConfigError: a domain cannot be read or has too few documents. Whoever reads the
+                training split needs validation too: that is checked before features are computed.
+            SetupError: the cache cannot be written.
+        """
+        if split == "train":
+            for name in names:
+                require_documents(self.reader, name, "validation")
         limit = getattr(self.settings, f"{split}_documents")
-        windows = self.cutter.cut_split(self.folder, split, names, limit)
+        most = self.settings.windows_per_document if split == "train" else 1
+        windows = self.cutter.cut_split(self.reader, split, names, limit, most)
         return self.cache.features(windows, f"{split} of {len(names)} domains")

@@ -10,30 +10,14 @@ from typing import Any
 from cluster_router.wire.errors import BundleError
 from training.artefact import Artefact
 from training.base import FrozenBase
-from training.config import DataSettings, TrainSettings
-from training.corpus import Corpus, Domains
-from training.data import WindowCutter
+from training.config import TrainSettings
+from training.corpus import Corpus
 from training.evaluate import RESAMPLES, Evaluator
-from training.features import FeatureCache, Features
+from training.features import Features
 from training.pipeline import HeadTraining
 from training.runtime import Runtime
 
 _WIKITEXT = "wikitext-2/test.raw.txt"
-
-
-def make_corpus(base: FrozenBase, data: Path, cache: Path, settings: DataSettings) -> Corpus:
-    """The corpus of a data folder, its features cached in `cache`.
-
-    Raises:
-        ConfigError: the folder is missing or holds nothing to train on.
-    """
-    return Corpus(
-        folder=data,
-        settings=settings,
-        domains=Domains.of(data, settings),
-        cutter=WindowCutter(base.tokenizer, settings.context_tokens, settings.scored_tokens),
-        cache=FeatureCache(cache, base.fingerprint, base.encode),
-    )
 
 
 @dataclass(frozen=True)
@@ -41,7 +25,7 @@ class TrainJob:
     """A training run as plain values, so that it can be sent to a worker."""
 
     settings: TrainSettings
-    data: Path
+    data: str | Path
     cache: Path
     created_by: str
 
@@ -70,7 +54,7 @@ class TrainJob:
 
     def _features(self) -> tuple[FrozenBase, Features, Features]:
         base = FrozenBase.resolve(self.settings.model)
-        corpus = make_corpus(base, self.data, self.cache, self.settings.data)
+        corpus = Corpus.open(self.data, self.settings.data, base, self.cache)
         seen = corpus.domains.seen
         return base, corpus.split("train", seen), corpus.split("validation", seen)
 
@@ -81,14 +65,14 @@ class EvaluateJob:
 
     Args:
         bundle: folder that a training run left.
-        data: data folder.
+        data: data folder, or a hub dataset (see `open_reader`).
         cache: feature cache.
         holdout: folder of a bundle of the same recipe with domains held out, already evaluated:
             its figures on those domains are carried over, named as what they are.
     """
 
     bundle: Path
-    data: Path
+    data: str | Path
     cache: Path
     holdout: Path | None = None
 
@@ -103,7 +87,7 @@ class EvaluateJob:
         settings = artefact.settings
         base = FrozenBase.resolve(settings.model)
         artefact = Artefact.load(self.bundle, base.fingerprint)
-        corpus = make_corpus(base, self.data, self.cache, settings.data)
+        corpus = Corpus.open(self.data, settings.data, base, self.cache)
         evaluator = Evaluator(base, artefact.bundle, artefact.static)
         evaluation = self._measure(corpus, evaluator)
         if self.holdout is not None:
@@ -126,7 +110,7 @@ class EvaluateJob:
             if names := getattr(corpus.domains, group):
                 losses = evaluator.losses(corpus.split("test", names), group)
                 figures[group] = evaluator.report(losses)
-        path = self.data / _WIKITEXT
+        path = Path(self.data) / _WIKITEXT
         if windows := corpus.cutter.cut_running_text(path, "wikitext-2", data.test_documents):
             features = corpus.cache.features(windows, "wikitext-2")
             figures["wikitext"] = evaluator.report(evaluator.losses(features, "wikitext-2"))

@@ -13,7 +13,8 @@ from platformdirs import user_cache_path
 from cluster_router.embedding import TokenEmbedder
 from lm_workers.models import DEFAULT_MODEL, load_embedding, load_tokenizer, resolve_model
 from training.clusters import embed_contexts, idf_weights
-from training.data import SPLITS, WindowCutter, domains_in, read_documents
+from training.config import DataSettings
+from training.data import SPLITS, WindowCutter, open_reader, read_documents
 
 CONTEXT = 128  # tokens of a document that are taken for a prompt
 START_DOCUMENTS = 64  # documents of each domain that only the starting clusters see
@@ -53,8 +54,9 @@ def _embed(folder: Path, weights: str) -> Documents:
     # Twice the context, since a document gives half of its tokens where it is short.
     cutter = WindowCutter(load_tokenizer(model), CONTEXT, CONTEXT)
     windows, domains, streamed = [], [], []
-    for domain in domains_in(folder, "train"):
-        documents = [d for s in SPLITS for d in read_documents(folder, domain, s, 10**6)]
+    reader = open_reader(folder, DataSettings(), user_cache_path("chameleon-llm") / "bench")
+    for domain in reader.domains():
+        documents = [d for s in SPLITS for d in read_documents(reader, domain, s, 10**6)]
         for place, document in enumerate(documents[: START_DOCUMENTS + STREAM_DOCUMENTS]):
             if (window := cutter.cut(document)) is not None:
                 windows.append(window)

@@ -21,7 +21,8 @@ from lm_workers.models import load_causal_lm
 from training.artefact import Artefact
 from training.base import FrozenBase
 from training.clusters import NO_CLUSTER
-from training.data import Document, Window, WindowCutter
+from training.config import DataSettings
+from training.data import Document, Window, WindowCutter, open_reader
 from training.evaluate import Evaluator, Losses
 from training.features import FeatureCache, Features
 
@@ -192,14 +193,15 @@ def test_figures_of_a_run_agree_within_their_precision(
 
 
 def test_so_do_documents_of_the_data_folder(
-    service, base: FrozenBase, bundle: Bundle, cutter: WindowCutter
+    service, base: FrozenBase, bundle: Bundle, cutter: WindowCutter, tmp_path: Path
 ) -> None:
     folder = Path(os.environ.get("CHAMELEON_DATA", ROOT.parent / "shared" / "data"))
     if not folder.is_dir():
         pytest.skip("no text by domain: set CHAMELEON_DATA to a folder of it")
+    reader = open_reader(folder, DataSettings(), tmp_path)
     windows = []
     for domain in DOMAINS:
-        cut = cutter.cut_split(folder, "test", [domain], 24)
+        cut = cutter.cut_split(reader, "test", [domain], 24)
         # A shorter document is conditioned on half of its tokens, where the service takes 128.
         windows += [window for window in cut if window.context == cutter.context][:2]
     assert len(windows) >= len(DOMAINS)

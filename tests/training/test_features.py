@@ -9,7 +9,8 @@ import torch
 
 from cluster_router.wire.errors import SetupError
 from training.base import FrozenBase
-from training.data import Window, WindowCutter
+from training.config import DataSettings
+from training.data import Window, WindowCutter, open_reader
 from training.features import FeatureCache
 
 
@@ -27,8 +28,10 @@ class CountingEncoder:
 
 
 @pytest.fixture(scope="module")
-def windows(base: FrozenBase, data: Path) -> list[Window]:
-    return WindowCutter(base.tokenizer, 16, 12).cut_split(data, "train", ["animals", "numbers"], 10)
+def windows(base: FrozenBase, data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Window]:
+    reader = open_reader(data, DataSettings(), tmp_path_factory.mktemp("inventory"))
+    cutter = WindowCutter(base.tokenizer, 16, 12)
+    return cutter.cut_split(reader, "train", ["animals", "numbers"], 10)
 
 
 def _cache(folder: Path, encoder: CountingEncoder, shard: int = 4) -> FeatureCache:

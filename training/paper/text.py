@@ -12,7 +12,9 @@ import torch
 from numpy.typing import NDArray
 
 from cluster_router.wire.errors import ConfigError
-from training.data import Split, Tokenizer, Window, read_documents
+from training.data import Split, Tokenizer, Window, spread
+from training.data.sources import Source
+from training.data.tables import Columns, JsonLines
 
 IntArray = NDArray[np.int64]
 FALLBACK = "wikipedia"
@@ -90,7 +92,8 @@ def _documents(path: Path) -> str:
     domain, _, split = path.name.removesuffix(_PACKED).rpartition(".")
     for known in get_args(Split):
         if split == known and domain:
-            documents = read_documents(path.parent, domain, known, sys.maxsize)
+            source = Source(JsonLines(path), Columns("text", "source"), domain, ((known, 1.0),))
+            documents = spread(source.documents(known), sys.maxsize)
             return "\n\n".join(document.text for document in documents)
     raise ConfigError(
         f"{path.name} must be named <domain>.<split>{_PACKED}, the split one of "

@@ -1,0 +1,55 @@
+"""`python -m training data`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from training.base import FrozenBase
+from training.cli import main
+
+
+@pytest.fixture
+def arguments(data: Path, tiny_llama: Path, tmp_path: Path) -> list[str]:
+    config = tmp_path / "run.yaml"
+    settings = {"exclude": ["secret"], "holdout": ["numbers"]}
+    config.write_text(yaml.safe_dump({"model": str(tiny_llama), "data": settings}))
+    options = ["--data", str(data), "--cache", str(tmp_path / "cache"), "--config", str(config)]
+    return ["data", *options]
+
+
+def test_every_domain_is_listed_with_its_use(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 0
+    lines = capsys.readouterr().out.splitlines()
+    cells = {
+        line.split("|")[1].strip(): [c.strip() for c in line.split("|")[2:]] for line in lines[:5]
+    }
+    assert cells["animals"][:4] == ["trained on", "24", "24", "24"]
+    assert cells["numbers"][0] == "held out"
+    assert cells["secret"][0] == "excluded"
+    assert cells["secret"][-2] == "unknown"
+    assert len({line.count("|") for line in lines[:5]}) == 1
+
+
+def test_the_figures_as_json_count_tokens(
+    arguments: list[str], base: FrozenBase, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*arguments, "--json", "--tokens"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["data"] == str(data)
+    assert report["near_duplicates_dropped"] is False
+    part = report["domains"]["numbers"]["splits"]["test"]
+    assert (part["documents"], part["exact"]) == (24, 0)
+    assert part["bytes"] > part["tokens"] > 24 * 24
+
+
+def test_what_is_wrong_with_the_data_ends_with_a_message(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["data", "--data", str(tmp_path), "--cache", str(tmp_path / "cache")]) == 2
+    assert "holds no data" in capsys.readouterr().err

@@ -1,0 +1,75 @@
+"""The sources in a data folder, told by the names of its files."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+from cluster_router.wire.errors import ConfigError
+from training.data.documents import Split
+from training.data.sources import SPLIT_NAMES, Source, shares_of
+from training.data.tables import Columns, JsonLines, Parquet, Table, TextFolder
+
+REGRESSION_FOLDER = "wikitext-2"
+"""A subfolder of running text that only evaluation reads; it is no domain."""
+
+_SPLITS = "|".join(SPLIT_NAMES)
+_NAME = re.compile(
+    rf"(?:(?P<alone>{_SPLITS})|(?P<domain>.+?)(?:\.(?P<split>{_SPLITS}))?)"
+    r"\.(?P<kind>jsonl|jsonl\.gz|parquet)"
+)
+_ACCEPTED = (
+    "<domain>.<split>.jsonl.gz, <domain>.jsonl[.gz], <domain>.parquet, "
+    "and folders <domain>/ of .txt or .md files"
+)
+
+
+class _Found(NamedTuple):
+    """`domain` None: a column of the table names it."""
+
+    table: Table
+    domain: str | None
+    split: Split | None
+
+
+def folder_sources(folder: Path, columns: Columns) -> list[Source]:
+    """Sources of the files in `folder`, ordered by name.
+
+    Raises:
+        ConfigError: there is no such folder, or nothing in it that can be read.
+    """
+    if not folder.is_dir():
+        what = "is a file; name the folder it is in" if folder.exists() else "does not exist"
+        raise ConfigError(
+            f"data folder {folder} {what} (--data takes a folder of text by domain, or "
+            "hub:<organisation>/<dataset>)",
+            "data",
+        )
+    found = [one for path in sorted(folder.iterdir()) if (one := _find(path, columns)) is not None]
+    if not found:
+        raise ConfigError(f"data folder {folder} holds no data; it may hold {_ACCEPTED}", "data")
+    present: dict[str | None, set[Split]] = {}
+    for _, domain, split in found:
+        if split is not None:
+            present.setdefault(domain, set()).add(split)
+    return [
+        Source(table, columns, domain, shares_of(split, present.get(domain, set())))
+        for table, domain, split in found
+    ]
+
+
+def _find(path: Path, columns: Columns) -> _Found | None:
+    if path.name.startswith("."):
+        return None
+    if match := _NAME.fullmatch(path.name):
+        name = match["alone"] or match["split"]
+        domain = match["domain"] or path.parent.name
+        return _Found(
+            Parquet(path) if match["kind"] == "parquet" else JsonLines(path),
+            domain if columns.domain is None else None,
+            None if name is None else SPLIT_NAMES[name],
+        )
+    if path.is_dir() and path.name != REGRESSION_FOLDER and (text := TextFolder(path)).files():
+        return _Found(text, path.name, None)
+    return None
