@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from adapter_gen.apply import apply_head
 from adapter_gen.hypernetwork import CoreHypernetwork
+from adapter_gen.nll import head_nll
 from adapter_gen.update import SharedBases
 from training.clusters import Conditions
-from training.objective import Candidates, head_nll
+from training.objective import Candidates
 
 
 @dataclass(frozen=True, eq=False)

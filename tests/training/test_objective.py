@@ -12,7 +12,8 @@ from torch.nn.functional import cross_entropy, one_hot
 
 from training.data import Window
 from training.features import Encoder, FeatureCache
-from training.objective import CandidateSampler, head_nll
+from adapter_gen.nll import head_nll
+from training.objective import CandidateSampler
 
 VOCAB, DIM = 50, 8
 
