@@ -7,7 +7,7 @@ the steps that early stopping needs to be sure, although whoever tunes has to pa
 
 `full`: a LoRA of PEFT on every linear of the blocks, AdamW, whole documents; as many steps as
 transformers' own defaults make of the documents (three epochs, batches of eight). Some of them are
-run and timed, the rest is counted at their median.
+run and timed, the rest is counted at their median. PEFT comes with the `test` extra.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@
 
 One run on one device measures both sides, for the shipped bundle (`head`) and for every linear of
 the default model at rank 16 (`full`, a hypernetwork of random weights: its cost does not depend on
-them). How the fine-tuning is done is told in `cluster_finetune.py`. Text comes from `--data` (a
-folder of <domain>.train.jsonl.gz), from `--text` (files, each one document), or else from the
+them). How the fine-tuning is done is told in `cluster_finetune.py`. Text comes from `--data` (as
+`python -m training train` takes it), from `--text` (files, each one document), or else from the
 modules of Python's standard library. Writes generation_cost.json and .md to `--out`.
 """
 
@@ -45,7 +45,8 @@ from lm_workers.models import (
     resolve_model,
 )
 from training.clusters import assign, embed_contexts
-from training.data import Document, Window, WindowCutter, domains_in, read_documents
+from training.config import DataSettings
+from training.data import Document, Window, WindowCutter, open_reader, read_documents
 
 CONTEXT, SCORED = 128, 256  # as the shipped bundle was trained
 READ_CHARACTERS = 8000  # of each file; a window takes no more
@@ -95,8 +96,9 @@ def full_bundle(shipped: Bundle, model: PreTrainedModel, rank: int) -> Bundle:
 def documents(args: argparse.Namespace) -> Iterator[Document]:
     """The text that clusters are looked for in."""
     if args.data is not None:
-        for domain in domains_in(args.data, "train"):
-            yield from read_documents(args.data, domain, "train", args.documents)
+        reader = open_reader(args.data, DataSettings(), args.out / "cache")
+        for domain in reader.domains():
+            yield from read_documents(reader, domain, "train", args.documents)
         return
     library = Path(sysconfig.get_paths()["stdlib"])
     for file in args.text or sorted(library.glob("*.py")):
@@ -211,7 +213,7 @@ def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--data", type=Path, help="folder of <domain>.train.jsonl.gz")
+    source.add_argument("--data", help="text by domain, as training reads it")
     source.add_argument("--text", type=Path, nargs="+", help="files, each one document")
     parser.add_argument("--out", type=Path, default=Path("runs/generation_cost"))
     parser.add_argument("--device", default="cpu")
