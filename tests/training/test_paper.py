@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch.nn.functional import one_hot
 from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedTokenizerFast
 
 from cluster_router.wire.errors import ConfigError
+from training.base import FrozenBase
 from training.data import Window
 from training.features import Encoder, FeatureCache
 from training.paper.examples import (
@@ -24,6 +26,7 @@ from training.paper.examples import (
     published_examples,
 )
 from training.paper.models import parameter_counts
+from training.paper.prepare import Preparation
 from training.paper.scoring import Variant, mean_of_batches, mean_of_tokens, token_losses
 from training.paper.settings import PUBLISHED_PARAMETERS, PaperSettings
 from training.paper.states import StateCache, draw_positions
@@ -251,3 +254,18 @@ def test_gpt2_small_has_the_published_parameter_counts() -> None:
         model = AutoModelForCausalLM.from_config(GPT2Config())
     assert parameter_counts(model, PaperSettings(model="gpt2")) == PUBLISHED_PARAMETERS
     assert list(PUBLISHED_PARAMETERS.values()) == [124_439_808, 204_100, 6_786_596]
+
+
+def test_a_model_that_pads_with_token_zero_needs_lines_that_fill_all_positions(
+    tiny_checkpoints: dict[str, Path], edit_config: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = edit_config(tiny_checkpoints["llama"], tmp_path / "model")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "pad_token": "<s>"}))
+    (tmp_path / "text.txt").write_text("short\n" * 4)
+    sources = Sources(tmp_path / "text.txt", tmp_path / "text.txt")
+    base = FrozenBase(folder)
+    assert base.tokenizer.pad_token_id == 0
+    preparation = Preparation(PaperSettings(model="", length=16), sources, base, tmp_path)
+    with pytest.raises(ConfigError, match="token 0"):
+        preparation.published()

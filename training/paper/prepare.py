@@ -8,10 +8,12 @@ from pathlib import Path
 
 import torch
 
+from cluster_router.wire.errors import ConfigError
 from training.base import FrozenBase
 from training.data import Window
 from training.features import FeatureCache
 from training.paper.examples import (
+    UNSCORED,
     Examples,
     Splits,
     honest_examples,
@@ -66,7 +68,7 @@ class Preparation:
         """Examples of the published protocol.
 
         Raises:
-            ConfigError: a text is missing or empty, or the model cannot pad.
+            ConfigError: a text is missing or empty, the model cannot pad, or nothing is scored.
             SetupError: the cache cannot be written.
         """
         sources, settings = self.sources, self.settings
@@ -77,6 +79,12 @@ class Preparation:
             self._encoded(validation, "validation lines"),
         ]
         last, every = zip(*parts, strict=True)
+        if any((part.targets == UNSCORED).all() for part in last):
+            raise ConfigError(
+                "every line ends in token 0, this model's padding, which the published loss leaves "
+                "out; give more or longer lines, or another model",
+                "text",
+            )
         is_padding = validation == padding_token(self.base.tokenizer)
         share = float(is_padding[:, 1:].double().mean())
         return Published(Splits(*last), Splits(*every), is_padding[:, -1], share)
