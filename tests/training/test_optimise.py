@@ -17,7 +17,7 @@ from training.config import StageSettings
 from training.modules import AdaptedHead, Batch, HeadBases
 from training.optimise import Stage
 from training.runtime import InProcess
-from training.shares import Share, Split
+from training.shares import Share, Split, to_device
 
 DIM, VOCAB = 8, 12
 SPEC = UpdateSpec("head", 2, DIM, (Site(HEAD, DIM, DIM),))
@@ -68,7 +68,7 @@ def _stage(module: AdaptedHead, **changes: object) -> Stage[Batch]:
 
 
 def _loss(module: AdaptedHead) -> float:
-    return float(module(_batch())[0].mean().detach())
+    return float(module(to_device(_batch(), module.weight.device))[0].mean().detach())
 
 
 def test_training_lowers_the_loss_and_reports_each_validation(module: AdaptedHead) -> None:
@@ -252,3 +252,18 @@ def test_dropout_is_off_in_validation_and_back_on_afterwards() -> None:
     stage.run(Rows(), validate, InProcess())
     assert set(modes) == {False}
     assert (module.training, module.frozen.training) == (True, False)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_gpu_gives_the_curve_of_the_cpu_and_hands_the_module_back(module: AdaptedHead) -> None:
+    start = {name: value.clone() for name, value in module.state_dict().items()}
+    curves = []
+    for device in ("cpu", "cuda"):
+        module.load_state_dict(start)
+        runtime = InProcess()
+        runtime.device = torch.device(device)
+        curves.append(_stage(module).run(OneToken(), lambda: _loss(module), runtime).curve)
+        assert module.bases.shift.device == module.weight.device == torch.device("cpu")
+    for cpu, gpu in zip(*curves, strict=True):
+        assert cpu == pytest.approx(gpu, rel=1e-3)
