@@ -1,6 +1,7 @@
 """Hypernetworks: from the statistics of a cluster to its low-rank update.
 
 `CoreHypernetwork` generates the small cores between shared bases, at depths `head` and `full`.
+`MemoryHypernetwork` blends cores that were refined on clusters seen in training.
 `PaperHypernetwork` is the form of arXiv 2502.04315: both factors of the LM head, out of one MLP.
 """
 
@@ -107,7 +108,10 @@ class Hypernetwork(nn.Module, ABC):
     """
 
     def __init__(
-        self, config: CoreConfig | PaperConfig, spec: UpdateSpec, conditioning_dim: int
+        self,
+        config: CoreConfig | MemoryConfig | PaperConfig,
+        spec: UpdateSpec,
+        conditioning_dim: int,
     ) -> None:
         super().__init__()
         self.config = config
@@ -192,6 +196,59 @@ class CoreHypernetwork(Hypernetwork):
         return Generated(cores=cores, shift=gate * self.shift(features[:, -1]))
 
 
+class MemoryHypernetwork(Hypernetwork):
+    """Attention over prototypes: clusters seen in training, each with cores refined on its text.
+
+    weights = softmax(beta cos(condition, keys)); cores = g * strength * sum of weighted cores. A
+    condition near one prototype gets its cores, one between several a blend (the merging of
+    arXiv 2505.14136, by similarity). Prototypes are written by `remember`, not by descent; the
+    update is zero until then.
+    """
+
+    config: MemoryConfig
+    condition_mean: Tensor
+    keys: Tensor
+    cores: Tensor
+    strength: Tensor
+    sharpness: Tensor
+
+    def __init__(self, config: MemoryConfig, spec: UpdateSpec, conditioning_dim: int) -> None:
+        super().__init__(config, spec, conditioning_dim)
+        count, rank = config.prototypes, spec.rank
+        self.register_buffer("condition_mean", torch.zeros(conditioning_dim))
+        self.register_buffer("keys", torch.zeros(count, conditioning_dim))
+        self.register_buffer("cores", torch.zeros(count, len(spec.sites) * rank**2))
+        self.register_buffer("strength", torch.ones(1))
+        self.register_buffer("sharpness", torch.full((1,), config.sharpness))
+        self.gate = EvidenceGate(config.kappa, learned=False)
+
+    @torch.no_grad()
+    def remember(self, vectors: Tensor, cores: Tensor, mean: Tensor) -> None:
+        """Store prototypes.
+
+        Args:
+            vectors: float32 [K, c], their conditions.
+            cores: float32 [K, sites, r, r].
+            mean: float32 [c], which is subtracted from every condition.
+        """
+        self.condition_mean.copy_(mean)
+        self.keys.copy_(normalize(vectors - mean, dim=-1))
+        self.cores.copy_(cores.flatten(1))
+
+    def weights(self, vector: Tensor) -> Tensor:
+        """[B, c] -> [B, K], how much each prototype counts; rows sum to 1."""
+        similarity = normalize(vector - self.condition_mean, dim=-1) @ self.keys.T
+        return (self.sharpness * similarity).softmax(-1)
+
+    def forward(self, vector: Tensor, support: Tensor) -> Generated:
+        """See `Hypernetwork.forward`."""
+        gate = self.strength * self.gate(support)[:, None]  # [B, 1]
+        cores = gate * (self.weights(vector) @ self.cores)
+        shape = (len(self.spec.sites), self.spec.rank, self.spec.rank)
+        shift = torch.zeros(len(vector), self.spec.hidden_size, device=vector.device)
+        return Generated(cores=cores.unflatten(-1, shape), shift=shift)
+
+
 class PaperHypernetwork(Hypernetwork):
     """The paper's MLP: centroid -> 64 -> 32 -> r * (in + out) numbers, the LM head's A and B.
 
@@ -250,6 +307,31 @@ class CoreConfig(BaseModel):
         return CoreHypernetwork(self, spec, conditioning_dim)
 
 
+class MemoryConfig(BaseModel):
+    """Settings of a MemoryHypernetwork.
+
+    `prototypes` are stored, `sharpness` is the factor on similarities before the softmax, `kappa`
+    the gate's (see EvidenceGate).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    kind: Literal["memory"] = "memory"
+    prototypes: Annotated[int, Field(ge=1, le=4096)] = 32
+    sharpness: Annotated[float, Field(gt=0, le=1000)] = 16.0
+    kappa: Annotated[float, Field(ge=0)] = 8.0
+
+    def build(self, spec: UpdateSpec, conditioning_dim: int) -> MemoryHypernetwork:
+        """Build the module, with no prototypes yet.
+
+        Raises:
+            ConfigError: `spec` is the paper's form, or lacks the head site at its end.
+        """
+        if spec.depth == "paper" or spec.sites[-1].name != HEAD:
+            raise ConfigError("a memory hypernetwork needs a spec of depth head or full", "depth")
+        return MemoryHypernetwork(self, spec, conditioning_dim)
+
+
 class PaperConfig(BaseModel):
     """Settings of a PaperHypernetwork: the two hidden layers, by default the paper's."""
 
@@ -269,5 +351,5 @@ class PaperConfig(BaseModel):
         return PaperHypernetwork(self, spec, conditioning_dim)
 
 
-HypernetworkConfig = Annotated[CoreConfig | PaperConfig, Field(discriminator="kind")]
-"""Either kind, told apart by its `kind` key; a field of this type parses from JSON or YAML."""
+HypernetworkConfig = Annotated[CoreConfig | MemoryConfig | PaperConfig, Field(discriminator="kind")]
+"""Any kind, told apart by its `kind` key; a field of this type parses from JSON or YAML."""

@@ -11,13 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
 from adapter_gen.bundle import Bundle
-from adapter_gen.update import SharedBases
 from cluster_router.wire.errors import BundleError
 from training.card import card
 from training.config import TrainSettings
@@ -31,14 +27,13 @@ class Artefact:
     """A trained bundle with its history.
 
     Attributes:
-        bundle: what is served.
-        static: the baseline, a static update trained alone on the same tokens.
+        bundle: what is served; its bases alone are the baseline, a static update trained on
+            the same tokens.
         settings: of the run.
         record: how training went, JSON values only.
     """
 
     bundle: Bundle
-    static: SharedBases
     settings: TrainSettings
     record: dict[str, Any]
 
@@ -55,7 +50,6 @@ class Artefact:
             folder = Path(scratch) / "bundle"
             self.bundle.save(folder)
             (folder / _FOLDER).mkdir()
-            save_file(_tensors(self.static), folder / _FOLDER / "static.safetensors")
             _write_json(folder / _FOLDER / "settings.json", self.settings.model_dump(mode="json"))
             _write_json(folder / _FOLDER / "record.json", self.record)
             (folder / "README.md").write_text(self._card(), encoding="utf-8")
@@ -90,28 +84,16 @@ class Artefact:
         bundle = Bundle.load(path, fingerprint)
         folder = path / _FOLDER
         try:
-            static = _bases(load_file(folder / "static.safetensors"))
             settings = TrainSettings.model_validate_json((folder / "settings.json").read_bytes())
             record = json.loads((folder / "record.json").read_bytes())
-        except (OSError, SafetensorError, ValidationError, KeyError, ValueError) as error:
+        except (OSError, ValidationError, ValueError) as error:
             raise BundleError(
                 f"{folder} is missing or damaged, so {path} cannot be evaluated: {error}", "bundle"
             ) from error
-        return cls(bundle, static, settings, record)
+        return cls(bundle, settings, record)
 
     def _card(self) -> str:
         return card(self.bundle, self.settings, self.record)
-
-
-def _tensors(bases: SharedBases) -> dict[str, torch.Tensor]:
-    named = {"u": bases.u[-1], "v": bases.v[-1], "s0": bases.s0, "shift": bases.shift}
-    return {name: tensor.contiguous() for name, tensor in named.items()}
-
-
-def _bases(tensors: dict[str, torch.Tensor]) -> SharedBases:
-    return SharedBases(
-        u=(tensors["u"],), v=(tensors["v"],), s0=tensors["s0"], shift=tensors["shift"]
-    )
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from adapter_gen.sites import discover_sites
-from adapter_gen.update import UpdateSpec
+from adapter_gen.update import Depth, UpdateSpec
 from lm_workers.models import fingerprint, load_causal_lm, load_tokenizer, resolve_model
 
 
@@ -57,9 +57,9 @@ class FrozenBase:
         weight: torch.Tensor = self.model.get_input_embeddings().weight  # type: ignore[operator]
         return weight.detach()
 
-    def head_spec(self, rank: int) -> UpdateSpec:
-        """Shape of a `head`-depth update of this model."""
-        return discover_sites(self.model, "head", rank)
+    def spec(self, depth: Depth, rank: int) -> UpdateSpec:
+        """Shape of an update of this model."""
+        return discover_sites(self.model, depth, rank)
 
     @torch.inference_mode()
     def encode(self, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -22,9 +22,9 @@ tags: [chameleon-llm, hypernetwork, lora]
 
 # ChameleonLLM bundle for {base_model}
 
-A hypernetwork that turns the statistics of a cluster of requests into a low-rank update of the
-final hidden state of the frozen base model (depth `{depth}`, rank {rank}). It holds no weights of
-the base model. {numbers:,} numbers are generated for a cluster; the bundle starts with {clusters}
+A hypernetwork that turns the statistics of a cluster of requests into a low-rank update of
+{where} of the frozen base model (depth `{depth}`, rank {rank}). It holds no weights of the base
+model. {numbers:,} numbers are generated for a cluster; the bundle starts with {clusters}
 clusters.
 
 | | |
@@ -47,6 +47,24 @@ Trained on the first tokens of documents of these domains:
 Never trained on: {excluded}. Their licences do not allow the use of a trained model that this
 bundle is meant for (non-commercial, or for research); they serve only to measure unseen domains.
 
+{recipe}
+
+To make it again (seed {seed}):
+
+```
+python -m training train --config training/configs/{depth}.yaml --data <folder> --out <bundle>
+python -m training evaluate --bundle <bundle> --data <folder>
+```
+
+{limits}
+- Several domains (Shakespeare, the Bible, RFCs, the standard library) were surely part of the base
+  model's own training data.
+- `licences` and `rfc` share formulas between splits; their figures are optimistic.
+- One seed; the intervals cover the choice of test documents, not of training runs.
+"""
+
+_RECIPE = {
+    "head": """\
 ## Recipe
 
 1. Final hidden states of the frozen model are computed once. In each document the first
@@ -60,14 +78,25 @@ bundle is meant for (non-commercial, or for research); they serve only to measur
 5. The whole hypernetwork is then trained by gradient descent on the same clusterings, stopped early
    too (step {hyper_step} was best). At step 0 the generated cores are zero: only the shift of the
    final hidden state differs between clusters.
+""",
+    "full": """\
+## Recipe
 
-To make it again (seed {seed}):
+1. Contexts (the first {context} tokens of a document, at most half of it) are embedded as the mean
+   of their token embeddings, weighted by inverse document frequency, and clustered by spherical
+   k-means. A cluster's condition is its centroid.
+2. A static update (U and V of every linear, and a shift) is trained by cross-entropy on documents
+   of all domains and stopped early on validation documents (step {static_step} was best): the
+   baseline `static` above. Some documents that are questions with answers are in the chat format.
+3. For each cluster the cores between U and V are refined by a few steps of Adam on the cluster's
+   own training documents; a part of them is held back and decides how far to go ({moved}).
+4. The hypernetwork remembers these cores by centroid and blends those of similar clusters, at the
+   strength that validated best ({scale}).
+""",
+}
 
-```
-python -m training train --config training/configs/head.yaml --data <folder> --out <bundle>
-python -m training evaluate --bundle <bundle> --data <folder>
-```
-
+_LIMITS = {
+    "head": """\
 ## Limits
 
 - The update reaches the final hidden state only: it shifts which words are likely, it adds no
@@ -77,11 +106,17 @@ python -m training evaluate --bundle <bundle> --data <folder>
   static update than under the base model (`training/LOG.md` in the repository).
 - A prompt much shorter than {context} tokens often resembles no cluster and then gets the static
   update.
-- Several domains (Shakespeare, the Bible, RFCs, the standard library) were surely part of the base
-  model's own training data.
-- `licences` and `rfc` share formulas between splits; their figures are optimistic.
-- One seed; the intervals cover the choice of test documents, not of training runs.
-"""
+""",
+    "full": """\
+## Limits
+
+- Figures are losses on short English text and code, not the quality of answers.
+- A prompt much shorter than {context} tokens often resembles no cluster and then gets the static
+  update.
+""",
+}
+
+_WHERE = {"head": "the final hidden state", "full": "every linear"}
 
 _UNMEASURED = "Not yet measured: run `python -m training evaluate` on this folder."
 
@@ -109,26 +144,47 @@ _SECTIONS = {
 
 def card(bundle: Bundle, settings: TrainSettings, record: dict[str, Any]) -> str:
     """Markdown with a front matter that model hubs read."""
+    depth = bundle.spec.depth
+    facts = {
+        "depth": depth,
+        "seed": bundle.seed,
+        "context": settings.data.context_tokens,
+        "scored": settings.data.scored_tokens,
+        **_training_facts(record),
+    }
     return _CARD.format(
         base_model=bundle.base_model,
         fingerprint=bundle.fingerprint,
-        depth=bundle.spec.depth,
+        where=_WHERE[depth],
         rank=bundle.spec.rank,
         numbers=bundle.spec.numbers_per_cluster,
         clusters=len(bundle.snapshot),
         train_documents=record["train_documents"],
         train_tokens=record["train_tokens"],
-        static_step=record["static"]["best_step"],
-        scale=record["start"]["scale"],
-        hyper_step=record["hyper"]["best_step"],
         created_by=bundle.created_by or "not stated",
-        seed=bundle.seed,
-        context=settings.data.context_tokens,
-        scored=settings.data.scored_tokens,
         excluded=", ".join(f"`{name}`" for name in settings.data.exclude) or "nothing",
         data="\n".join(_data(record["domains"])),
         figures=_UNMEASURED if bundle.evaluation is None else _figures(bundle.evaluation),
+        recipe=_RECIPE[depth].format(**facts).rstrip(),
+        limits=_LIMITS[depth].format(**facts).rstrip(),
+        **facts,
     )
+
+
+def _training_facts(record: dict[str, Any]) -> dict[str, Any]:
+    """What the recipe says of this run, by depth."""
+    facts = {"static_step": record["static"]["best_step"]}
+    if "start" in record:
+        return facts | {
+            "scale": record["start"]["scale"],
+            "hyper_step": record["hyper"]["best_step"],
+        }
+    moved = sum(entry["scale"] > 0 for entry in record["prototypes"])
+    best = min(record["strengths"], key=lambda pair: float(pair[1]))
+    return facts | {
+        "scale": best[0],
+        "moved": f"{moved} of {len(record['prototypes'])} moved from the static update",
+    }
 
 
 def _data(domains: dict[str, int]) -> Iterator[str]:

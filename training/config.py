@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from adapter_gen.hypernetwork import CoreConfig
+from adapter_gen.hypernetwork import CoreConfig, MemoryConfig
+from adapter_gen.refine import RefineConfig
 from cluster_router.wire.errors import ConfigError
 
 Positive = Annotated[int, Field(ge=1)]
@@ -35,6 +36,10 @@ class DataSettings(_Settings):
     five words) are dropped too, kept, or dropped where the data has no splits of its own (`auto`);
     a text in two splits stays in the earlier one.
 
+    `dialogues` names domains whose documents are a question and an answer, and what stands between
+    the two. At depth `full`, `dialogue_share` of them are trained on in the model's chat format, so
+    that the update does not unlearn it.
+
     A training document longer than a window gives up to `windows_per_document` of them;
     validation and test use the first alone.
     """
@@ -48,6 +53,8 @@ class DataSettings(_Settings):
     context_tokens: Positive = 128
     scored_tokens: Positive = 256
     windows_per_document: Positive = 1
+    dialogues: dict[str, str] = {}
+    dialogue_share: Annotated[float, Field(ge=0, le=1)] = 0.5
     train_documents: Annotated[int, Field(ge=2)] = 320
     validation_documents: Annotated[int, Field(ge=2)] = 32
     test_documents: Annotated[int, Field(ge=2)] = 64
@@ -92,16 +99,14 @@ class StageSettings(_Settings):
 class HyperSettings(StageSettings):
     """The second stage, in which the hypernetwork learns.
 
-    `bases_rate` scales the learning rate of the shared bases, 0 freezes them. Episodes are
-    clusterings of random subsets of the training contexts; `clusters` bounds how many clusters
-    they have. `dropout` is the share of conditions replaced by none at all.
+    Episodes are clusterings of random subsets of the training contexts; `clusters` bounds how many
+    clusters they have. `dropout` is the share of conditions replaced by none at all.
 
     The stage starts from a fit in closed form (see `training.least_squares`): `damping` and `ridge`
     regularise it, and the best of `scales` on the validation documents is taken; 0 is always among
     them.
     """
 
-    bases_rate: Annotated[float, Field(ge=0, le=1)] = 0.1
     episodes: Positive = 32
     clusters: tuple[Positive, Positive] = (8, 256)
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.15
@@ -111,8 +116,21 @@ class HyperSettings(StageSettings):
     scales: tuple[Annotated[float, Field(gt=0)], ...] = (0.25, 0.375, 0.5, 0.75, 1.0)
 
 
+class PrototypeSettings(_Settings):
+    """The second stage at depth `full`: cores refined on each cluster, which the memory keeps.
+
+    Of each cluster, up to `documents` windows are learned from, the first `tokens` of each. The
+    best of `strengths` on the validation documents is taken; 0 is always among them.
+    """
+
+    documents: Positive = 64
+    tokens: Annotated[int, Field(ge=2)] = 192
+    refine: RefineConfig = RefineConfig()
+    strengths: tuple[Annotated[float, Field(gt=0)], ...] = (0.5, 1.0)
+
+
 class TrainSettings(_Settings):
-    """A whole run.
+    """A whole run, at depth `head` (with a core hypernetwork) or `full` (with a memory).
 
     `workers` 0 trains in this process, N >= 1 in N Ray Train workers, [M, N] in as many from M to N
     as the cluster has room for (elastic). Each reserves a GPU where the cluster has any, and
@@ -125,12 +143,24 @@ class TrainSettings(_Settings):
     workers: Annotated[int, Field(ge=0)] | tuple[Positive, Positive] = 0
     worker_cpus: Annotated[float, Field(gt=0)] = 0.5
     max_failures: Annotated[int, Field(ge=0)] = 2
+    depth: Literal["head", "full"] = "head"
     rank: Positive = 32
     data: DataSettings = DataSettings()
     clusters: ClusterSettings = ClusterSettings()
-    hypernetwork: CoreConfig = CoreConfig()
+    hypernetwork: CoreConfig | MemoryConfig = Field(default=CoreConfig(), discriminator="kind")
     static: StageSettings = StageSettings()
     hyper: HyperSettings = HyperSettings()
+    prototypes: PrototypeSettings = PrototypeSettings()
+
+    @model_validator(mode="after")
+    def _kind_fits_depth(self) -> TrainSettings:
+        expected = "core" if self.depth == "head" else "memory"
+        if self.hypernetwork.kind != expected:
+            raise ValueError(
+                f"depth {self.depth} takes hypernetwork.kind {expected}, "
+                f"not {self.hypernetwork.kind}"
+            )
+        return self
 
 
 def load_settings(path: Path, **overrides: Any) -> TrainSettings:

@@ -10,7 +10,15 @@ from cluster_router.wire.errors import ConfigError
 from lm_workers.models import describe_model
 from training.base import FrozenBase
 from training.config import DataSettings
-from training.data import Reader, Split, WindowCutter, open_reader, require_documents, select
+from training.data import (
+    Reader,
+    Split,
+    Window,
+    WindowCutter,
+    open_reader,
+    require_documents,
+    select,
+)
 from training.features import FeatureCache, Features
 
 
@@ -93,8 +101,8 @@ class Corpus:
             cache=FeatureCache(cache, base.fingerprint, base.encode),
         )
 
-    def split(self, split: Split, names: Sequence[str]) -> Features:
-        """Features of one split of some domains, domain after domain.
+    def windows(self, split: Split, names: Sequence[str]) -> list[Window]:
+        """Windows of one split of some domains, domain after domain.
 
         Raises:
             ConfigError: a domain cannot be read or has too few documents. Whoever reads the
@@ -106,5 +114,9 @@ class Corpus:
                 require_documents(self.reader, name, "validation")
         limit = getattr(self.settings, f"{split}_documents")
         most = self.settings.windows_per_document if split == "train" else 1
-        windows = self.cutter.cut_split(self.reader, split, names, limit, most)
+        return self.cutter.cut_split(self.reader, split, names, limit, most)
+
+    def split(self, split: Split, names: Sequence[str]) -> Features:
+        """Features of the same windows; see `windows` for errors."""
+        windows = self.windows(split, names)
         return self.cache.features(windows, f"{split} of {len(names)} domains")

@@ -12,9 +12,12 @@ from training.artefact import Artefact
 from training.base import FrozenBase
 from training.config import TrainSettings
 from training.corpus import Corpus
+from training.data import Window
+from training.dialogue import DialogueCutter
 from training.evaluate import RESAMPLES, Evaluator
 from training.features import Features
-from training.pipeline import HeadTraining
+from training.full import FullTraining
+from training.pipeline import HeadTraining, Trained
 from training.runtime import Runtime
 
 _WIKITEXT = "wikitext-2/test.raw.txt"
@@ -39,24 +42,60 @@ class TrainJob:
 
     def prepare(self) -> None:
         """Compute every feature the run needs, so that workers only read them."""
-        self._features()
+        if self.settings.depth == "head":
+            self._text("cpu").features()
 
     def run(self, runtime: Runtime) -> Artefact:
-        """Train; see `HeadTraining.run` for errors."""
-        base, train_set, validation = self._features()
-        training = HeadTraining(base, train_set, validation, self.settings, runtime)
-        trained = training.run(self.created_by)
-        domains = [window.domain for window in train_set.windows]
+        """Train; see `HeadTraining.run` and `FullTraining.run` for errors."""
+        run = self._head if self.settings.depth == "head" else self._full
+        trained, windows = run(runtime)
+        domains = [window.domain for window in windows]
         record = trained.record | {
             "domains": {name: domains.count(name) for name in dict.fromkeys(domains)}
         }
-        return Artefact(trained.bundle, trained.static, self.settings, record)
+        return Artefact(trained.bundle, self.settings, record)
 
-    def _features(self) -> tuple[FrozenBase, Features, Features]:
-        base = FrozenBase.resolve(self.settings.model)
-        corpus = Corpus.open(self.data, self.settings.data, base, self.cache)
-        seen = corpus.domains.seen
-        return base, corpus.split("train", seen), corpus.split("validation", seen)
+    def _head(self, runtime: Runtime) -> tuple[Trained, list[Window]]:
+        text = self._text("cpu")
+        train, validation = text.features()
+        training = HeadTraining(text.base, train, validation, self.settings, runtime)
+        return training.run(self.created_by), train.windows
+
+    def _full(self, runtime: Runtime) -> tuple[Trained, list[Window]]:
+        text, data = self._text(str(runtime.device)), self.settings.data
+        train, validation = text.windows()
+        cutter = DialogueCutter(
+            text.base.tokenizer,
+            data.dialogues,
+            data.dialogue_share,
+            data.context_tokens + data.scored_tokens,
+        )
+        training = FullTraining(
+            text.base, train, cutter.rewrite(train), validation, self.settings, runtime
+        )
+        return training.run(self.created_by), train
+
+    def _text(self, device: str) -> TrainingText:
+        base = FrozenBase.resolve(self.settings.model, device)
+        return TrainingText(base, Corpus.open(self.data, self.settings.data, base, self.cache))
+
+
+@dataclass(frozen=True)
+class TrainingText:
+    """What a run is trained and validated on."""
+
+    base: FrozenBase
+    corpus: Corpus
+
+    def features(self) -> tuple[Features, Features]:
+        """Features to train and to validate on, of the domains seen."""
+        seen = self.corpus.domains.seen
+        return self.corpus.split("train", seen), self.corpus.split("validation", seen)
+
+    def windows(self) -> tuple[list[Window], list[Window]]:
+        """Windows to train and to validate on, of the domains seen."""
+        seen = self.corpus.domains.seen
+        return self.corpus.windows("train", seen), self.corpus.windows("validation", seen)
 
 
 @dataclass(frozen=True)
@@ -88,7 +127,7 @@ class EvaluateJob:
         base = FrozenBase.resolve(settings.model)
         artefact = Artefact.load(self.bundle, base.fingerprint)
         corpus = Corpus.open(self.data, settings.data, base, self.cache)
-        evaluator = Evaluator(base, artefact.bundle, artefact.static)
+        evaluator = Evaluator(base, artefact.bundle, artefact.bundle.bases)
         evaluation = self._measure(corpus, evaluator)
         if self.holdout is not None:
             evaluation["twin"] = _twin_figures(self.holdout, settings)

@@ -11,23 +11,13 @@ import torch
 
 from adapter_gen.apply import init_bases
 from adapter_gen.bundle import Bundle
-from adapter_gen.hypernetwork import CoreHypernetwork
+from adapter_gen.hypernetwork import CoreConfig, CoreHypernetwork
 from adapter_gen.storage import EmbeddingInfo
-from adapter_gen.update import SharedBases
-from cluster_router.embedding import TokenEmbedder
-from cluster_router.wire.snapshot import ClusterSnapshot
-from cluster_router.wire.types import FloatArray
 from training.base import FrozenBase
 from training.batches import EpisodeBatches, StaticBatches, gather
 from training.checkpoints import Saved
-from training.clusters import (
-    Conditions,
-    assign,
-    embed_contexts,
-    fit_snapshot,
-    idf_weights,
-    mutual_information,
-)
+from training.clustering import Clustering
+from training.clusters import Conditions
 from training.config import StageSettings, TrainSettings
 from training.curvature import Curvature
 from training.episodes import Episode, draw_episodes
@@ -46,48 +36,10 @@ _VALIDATION_POSITIONS = 24
 
 
 @dataclass(frozen=True, eq=False)
-class Clustering:
-    """The clusters of a run and what embeds prompts for them.
-
-    Attributes:
-        embedder: embeds token sequences.
-        token_weights: float32 [vocabulary], None for a plain mean.
-        train: float32 [N, d], embeddings of the training contexts.
-        snapshot: the clusters fitted on them.
-    """
-
-    embedder: TokenEmbedder
-    token_weights: FloatArray | None
-    train: FloatArray
-    snapshot: ClusterSnapshot
-
-    @classmethod
-    def fit(cls, base: FrozenBase, train: Features, settings: TrainSettings) -> Clustering:
-        """Fit on the contexts of `train`; see `fit_snapshot` for errors."""
-        weighted = settings.clusters.token_weights == "idf"
-        weights = idf_weights(train.windows, base.embedding) if weighted else None
-        embedder = TokenEmbedder(base.embedding, weights)
-        embeddings = embed_contexts(train.windows, embedder)
-        snapshot = fit_snapshot(embeddings, settings.clusters, settings.seed)
-        return cls(embedder, weights, embeddings, snapshot)
-
-    def conditions(self, features: Features) -> Conditions:
-        """What serving would condition each window on, from its own context."""
-        rows = assign(embed_contexts(features.windows, self.embedder), self.snapshot)
-        return Conditions.of(rows, self.snapshot)
-
-    def agreement(self, features: Features) -> float:
-        """Normalised mutual information of clusters and domains."""
-        rows = assign(embed_contexts(features.windows, self.embedder), self.snapshot)
-        return mutual_information(rows, [window.domain for window in features.windows])
-
-
-@dataclass(frozen=True, eq=False)
 class Trained:
-    """The outcome of a run: the bundle, the static baseline, and how training went."""
+    """The outcome of a run: the bundle, and how training went."""
 
     bundle: Bundle
-    static: SharedBases
     record: dict[str, Any]
 
 
@@ -96,7 +48,7 @@ class HeadTraining:
 
     Stage 1 fits the static update, which every cluster shares and which is the baseline of the
     figures. Stage 2 fits the hypernetwork on top: its shift in closed form, then all of it by
-    gradient descent for as long as that helps; the bases move along slowly or not at all.
+    gradient descent for as long as that helps; the bases stay.
 
     Args:
         base: the frozen model.
@@ -129,11 +81,11 @@ class HeadTraining:
         """
         settings = self._settings
         torch.manual_seed(settings.seed)
-        clustering = Clustering.fit(self._base, self._train, settings)
-        spec = self._base.head_spec(settings.rank)
+        clustering = Clustering.fit(self._base, self._train.windows, settings)
+        spec = self._base.spec("head", settings.rank)
         bases = HeadBases(init_bases(spec, settings.seed))
         first = self._static_stage(bases)
-        static = bases.frozen()
+        assert isinstance(settings.hypernetwork, CoreConfig)
         hypernetwork = settings.hypernetwork.build(spec, clustering.train.shape[1])
         hypernetwork.fit_normalisation(torch.from_numpy(clustering.train))
         start, second = self._hyper_stage(bases, hypernetwork, clustering)
@@ -154,12 +106,12 @@ class HeadTraining:
             "train_documents": len(self._train),
             "train_tokens": self._train.tokens,
             "validation_documents": len(self._validation),
-            "cluster_domain_nmi": clustering.agreement(self._validation),
+            "cluster_domain_nmi": clustering.agreement(self._validation.windows),
             "static": first.as_json(),
             "start": start.as_json(),
             "hyper": second.as_json(),
         }
-        return Trained(bundle, static, record)
+        return Trained(bundle, record)
 
     def _static_stage(self, bases: HeadBases) -> StageResult:
         stage = self._settings.static
@@ -176,14 +128,14 @@ class HeadTraining:
     ) -> tuple[StartResult, StageResult]:
         stage, seed = self._settings.hyper, self._settings.seed
         module = AdaptedHead(bases, hypernetwork, self._base.head)
-        validate = self._validator(module, clustering.conditions(self._validation))
+        validate = self._validator(module, clustering.conditions(self._validation.windows))
         episodes = draw_episodes(clustering.train, stage, seed)
         sampler = self._sampler(stage)
         start = self._start(module, hypernetwork, clustering, episodes, sampler, validate)
         batches = EpisodeBatches(
             self._train, clustering.train, episodes, stage, Seed(seed, "hypernetwork"), sampler
         )
-        parts = [(hypernetwork, 1.0), (bases, stage.bases_rate)]
+        parts = [(hypernetwork, 1.0)]
         optimiser = Stage[Batch]("hypernetwork", stage, module, parts, stage.core_penalty)
         return start, optimiser.run(batches, validate, self._runtime)
 
