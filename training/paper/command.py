@@ -39,7 +39,9 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--test", type=Path, help="text file (default: half of --validation)")
     parser.add_argument("--model", default=DEFAULT_MODEL, help="default: %(default)s")
     parser.add_argument("--out", type=Path, default=Path("reproduction"), help="folder to write")
-    parser.add_argument("--cache", type=Path, default=default_cache() / "features")
+    parser.add_argument(
+        "--cache", type=Path, default=default_cache() / "features", help="default: %(default)s"
+    )
     parser.add_argument("--quick", action="store_true", help="a few lines of text: two minutes")
     parser.add_argument("--learning-rate", type=float, help="default: the paper's 5e-4")
     for name, text in _COUNTS.items():
