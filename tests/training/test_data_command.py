@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import time
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ import yaml
 
 from training.base import FrozenBase
 from training.cli import main
+from training.data.meter import meter
 
 
 @pytest.fixture
@@ -53,3 +56,14 @@ def test_what_is_wrong_with_the_data_ends_with_a_message(
 ) -> None:
     assert main(["data", "--data", str(tmp_path), "--cache", str(tmp_path / "cache")]) == 2
     assert "holds no data" in capsys.readouterr().err
+
+
+def test_progress_tells_tokens_a_second_and_the_time_left(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with meter("tokenise", 4, "tok", delay=0) as advance:
+        for _ in range(3):
+            time.sleep(0.11)
+            advance(50)
+    last = capsys.readouterr().err.split("\r")[-1]
+    assert re.search(r"tokenise: +75%.* 3\.00/4\.00 \[\d\d:\d\d<\d\d:\d\d, .*doc/s, \d+tok/s\]", last), last

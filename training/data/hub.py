@@ -61,8 +61,9 @@ def hub_sources(location: str, columns: Columns) -> list[Source]:
     try:
         splits = library.load_dataset(dataset, configuration or None)
     except errors as error:
+        cause = f" ({error.__cause__})" if error.__cause__ else ""
         raise SetupError(
-            f"cannot load {location}: {error.__cause__ or error}; check the name and the "
+            f"cannot load {location}: {error}{cause}; check the name and the "
             "configuration (hub:<organisation>/<dataset>[:<configuration>]), the connection, and "
             "that there is room in the folder that HF_HOME names",
             "data",

@@ -13,14 +13,16 @@ _DELAY = 2.0
 
 
 @contextmanager
-def meter(label: str, documents: int, unit: str) -> Iterator[Callable[[int], None]]:
+def meter(
+    label: str, documents: int, unit: str, delay: float = _DELAY
+) -> Iterator[Callable[[int], None]]:
     """Count `documents` documents with the time left; call what it gives once for each.
 
-    The argument of that call is how many of `unit` (tokens, bytes) the document had.
+    The argument of that call is how many of `unit` (tokens, characters) the document had.
     """
     amount = 0
     start = time.monotonic()
-    with tqdm(total=documents, desc=label, unit="doc", unit_scale=True, delay=_DELAY) as bar:
+    with tqdm(total=documents, desc=label, unit="doc", unit_scale=True, delay=delay) as bar:
 
         def advance(more: int) -> None:
             nonlocal amount

@@ -76,9 +76,10 @@ def survey_table(figures: dict[str, Any], settings: DataSettings) -> str:
     header += ["empty", "exact", "near", "licence"]
     rows = [[name, facts["use"], *_cells(facts, tokens)] for name, facts in domains.items()]
     lines = [*_align([header, *rows]), ""]
+    near = "" if figures["near_duplicates_dropped"] else " (not looked for: data.near_duplicates)"
     lines += [
-        f"Documents by split. empty, exact, near: left out (no text, the same text elsewhere, a "
-        f"near-duplicate{'' if figures['near_duplicates_dropped'] else '; not looked for'}).",
+        "Documents by split. Left out: empty ones, exact copies of others, near-duplicates of "
+        f"others{near}.",
         f"A run reads up to {settings.train_documents} / {settings.validation_documents} / "
         f"{settings.test_documents} documents of each domain (data.train_documents, ...).",
         "Licences are known by domain name from training/configs/licences.yaml; where they are "
