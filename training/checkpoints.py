@@ -20,10 +20,12 @@ from cluster_router.wire.errors import BundleError, ConfigError, SetupError
 
 _RECORD = "record"
 _SETTINGS = "run.json"
-_FREE = {"workers", "worker_cpus", "max_failures"}
-"""Settings that a resumed run may change: they say where it runs, not what it computes."""
-_STAGE_FREE = {"learning_rate", "clip", "patience"}
-"""Settings of a stage that may change too, so that one that diverged can go on more carefully."""
+_FREE = {"settings.workers", "settings.worker_cpus", "settings.max_failures"} | {
+    f"settings.{stage}.{name}"
+    for stage in ("static", "hyper")
+    for name in ("learning_rate", "clip", "patience")
+}
+"""What a resumed run may change: where it runs, and how carefully a stage goes on."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,15 +156,13 @@ class PartialRun:
         return known
 
 
-def _changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> set[str]:
+def _changed(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> set[str]:
     """Dotted names of the values that differ, except those that may."""
     names: set[str] = set()
     for key in old.keys() | new.keys():
-        before, after = old.get(key), new.get(key)
-        if before == after or key in _FREE | _STAGE_FREE:
-            continue
+        name, before, after = prefix + key, old.get(key), new.get(key)
         if isinstance(before, dict) and isinstance(after, dict):
-            names |= {f"{key}.{name}" for name in _changed(before, after)}
-        else:
-            names.add(key)
-    return names
+            names |= _changed(before, after, name + ".")
+        elif before != after:
+            names.add(name)
+    return names - _FREE

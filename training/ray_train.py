@@ -110,7 +110,7 @@ def train_with_ray(job: TrainJob, storage: Path) -> Artefact:
     trainer = TorchTrainer(
         _train_worker,
         train_loop_config={"job": job, "checkpoints": storage / _RUN},
-        scaling_config=_scaling(settings, int(ray.cluster_resources().get("GPU", 0))),
+        scaling_config=scaling(settings, int(ray.cluster_resources().get("GPU", 0))),
         run_config=RunConfig(
             name=_RUN,
             storage_path=str(storage),
@@ -141,8 +141,8 @@ def _fit(trainer: TorchTrainer, storage: Path) -> Result:
             signal.signal(signal.SIGINT, handler)  # Ray leaves its own behind
 
 
-def _scaling(settings: TrainSettings, gpus: int) -> ScalingConfig:
-    """Workers on GPUs where the cluster has any.
+def scaling(settings: TrainSettings, gpus: int) -> ScalingConfig:
+    """How many workers, each with what; with a GPU if the cluster's `gpus` are not 0.
 
     Raises:
         ConfigError: there are GPUs, but fewer than workers.
