@@ -10,6 +10,7 @@ import yaml
 
 from adapter_gen.bundle import Bundle
 from training.config import TrainSettings
+from training.evaluation.tables import table
 
 _LICENCES = Path(__file__).parent / "configs" / "licences.yaml"
 
@@ -53,7 +54,7 @@ To make it again (seed {seed}):
 
 ```
 python -m training train --config training/configs/{depth}.yaml --data <folder> --out <bundle>
-python -m training evaluate --bundle <bundle> --data <folder>
+python -m training evaluate --bundle <bundle> --data <folder> --record
 ```
 
 {limits}
@@ -118,24 +119,22 @@ _LIMITS = {
 
 _WHERE = {"head": "the final hidden state", "full": "every linear"}
 
-_UNMEASURED = "Not yet measured: run `python -m training evaluate` on this folder."
+_UNMEASURED = "Not yet measured: run `python -m training evaluate --record` on this folder."
 
 _FIGURES = """\
-Next-token loss in nats per token on the test split, {resamples:,} bootstrap resamples of documents,
-95 % intervals in brackets. `base` is the unadapted model, `static` a static update trained alone on
-the same tokens, `hyper` this bundle with each document's own cluster, `shuffled` this bundle with a
-random other cluster. Gains are positive where this bundle is better: over base (base - hyper), net
-(static - hyper), conditioning (shuffled - hyper).
-
-### Seen domains, unseen documents
-
-{seen}
+Next-token loss in nats per token on the test split, {resamples:,} bootstrap resamples, 95 %
+intervals in brackets ({interval}). `base` is the unadapted model, `static` what all clusters share,
+`hyper` this bundle with each document's own cluster, `shuffled` this bundle with a random other
+cluster. `refined` and `refined_shuffled` are the same after refinement on earlier prompts of the
+stream that the documents arrive in. Gains are positive where this bundle is better: over base
+(base - hyper), net (static - hyper), conditioning (shuffled - hyper), and so for refined. All
+variants, baselines and controls are in the report that the command below writes.
 
 """
 
 _SECTIONS = {
-    "excluded": "### Unseen domains, never trained on\n",
-    "held_out": "### Unseen domains, held out of this bundle's training\n",
+    "seen": "### Seen domains, unseen documents\n",
+    "unseen": "### Unseen domains, never trained on\n",
     "twin": "### Unseen domains, same recipe\n\nFigures of another bundle, trained by the same "
     "recipe and seed with these domains held out. This bundle was trained on them.\n",
     "wikitext": "### WikiText-2, not trained on\n",
@@ -196,32 +195,10 @@ def _data(domains: dict[str, int]) -> Iterator[str]:
 
 
 def _figures(evaluation: dict[str, Any]) -> str:
-    sections = [
-        _FIGURES.format(
-            resamples=evaluation["protocol"]["resamples"], seen=table(evaluation["seen"])
-        )
-    ]
+    protocol = evaluation["protocol"]
+    interval = protocol["interval"].removeprefix("95 %, ")
+    sections = [_FIGURES.format(resamples=protocol["resamples"], interval=interval).rstrip()]
     for name, heading in _SECTIONS.items():
         if name in evaluation:
-            sections.append(f"{heading}\n{table(evaluation[name])}\n")
-    return "\n".join(sections).rstrip()
-
-
-def table(report: dict[str, Any]) -> str:
-    """One line a domain, and the unweighted mean where there are several."""
-    lines = [
-        "| domain | documents | base | static | hyper | shuffled "
-        "| over base | net | conditioning |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    domains = report["domains"]
-    rows = dict(domains) | ({"**mean**": report["mean"]} if len(domains) > 1 else {})
-    for name, figures in rows.items():
-        nats = [f"{value:.4f}" for value in figures["nats_per_token"].values()]
-        gains = [_interval(*figures["gains"][g]) for g in ("over_base", "net", "conditioning")]
-        lines.append("| " + " | ".join([name, str(figures["documents"]), *nats, *gains]) + " |")
-    return "\n".join(lines)
-
-
-def _interval(estimate: float, low: float, high: float) -> str:
-    return f"{estimate:+.4f} [{low:+.4f}, {high:+.4f}]"
+            sections.append(f"{heading}\n{table(evaluation[name])}")
+    return "\n\n".join(sections)

@@ -12,12 +12,12 @@ from typing import Any
 from cluster_router.wire.errors import BundleError, ChameleonError
 from lm_workers.models.source import default_cache
 from training.artefact import Artefact
-from training.card import table
 from training.checkpoints import PartialRun
 from training.config import load_settings
 from training.data.command import DATA_HELP, location
 from training.data.command import add_parser as add_data
-from training.jobs import EvaluateJob, TrainJob
+from training.evaluation.command import add_parser as add_evaluate
+from training.jobs import TrainJob
 from training.paper.command import add_parser as add_reproduce_paper
 from training.runtime import InProcess
 
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return _FAILED
     except KeyboardInterrupt:
-        print("interrupted; --resume goes on from the last checkpoint", file=sys.stderr)
+        print("interrupted; train goes on with --resume, evaluate when run again", file=sys.stderr)
         return 130
     return 0
 
@@ -59,13 +59,7 @@ def _parser() -> argparse.ArgumentParser:
         "--resume", action="store_true", help="go on with an interrupted run of --out, if any"
     )
     train.set_defaults(run=_train)
-    evaluate = commands.add_parser("evaluate", help="measure a bundle on the test split")
-    evaluate.add_argument("--bundle", type=Path, required=True, help="folder that train wrote")
-    evaluate.add_argument(
-        "--holdout", type=Path, help="an evaluated bundle of the same recipe with domains held out"
-    )
-    evaluate.set_defaults(run=_evaluate)
-    for command in (train, evaluate, add_data(commands)):
+    for command in (train, add_evaluate(commands), add_data(commands)):
         command.add_argument("--data", type=location, required=True, help=DATA_HELP)
         command.add_argument(
             "--cache",
@@ -110,10 +104,3 @@ def _run(job: TrainJob, partial: Path) -> Artefact:
     from training.ray_train import train_with_ray
 
     return train_with_ray(job, partial.resolve())
-
-
-def _evaluate(options: argparse.Namespace) -> None:
-    evaluation = EvaluateJob(options.bundle, options.data, options.cache, options.holdout).run()
-    for name, figures in evaluation.items():
-        if name != "protocol":
-            print(f"\n{name}\n{table(figures)}")

@@ -1,4 +1,4 @@
-"""Paired bootstrap over documents."""
+"""Paired bootstrap over documents, and over domains of documents."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
+RESAMPLES = 10_000
 
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate with its 95 % interval, in nats per token."""
+    """An estimate with its 95 % interval, in nats per token or a share."""
 
     estimate: float
     low: float
@@ -44,6 +45,10 @@ class Bootstrap:
             name: random.multinomial(len(rows), np.full(len(rows), 1 / len(rows)), resamples)
             for name, rows in self._rows.items()
         }
+        shape = (resamples, len(self._rows))
+        self._drawn = random.integers(len(self._rows), size=shape)
+        # A domain drawn twice shall not have its documents drawn alike.
+        self._within = random.integers(resamples, size=shape)
 
     def domain(self, name: str, difference: Array) -> Interval:
         """Of the per-document sums `difference` [documents]: the mean per token of one domain."""
@@ -51,9 +56,36 @@ class Bootstrap:
 
     def mean(self, difference: Array) -> Interval:
         """The unweighted mean over domains; the domains themselves are not resampled."""
+        estimate, samples = self._mean(difference)
+        return _interval(estimate, samples.mean(axis=1))
+
+    def hierarchical(self, difference: Array) -> Interval:
+        """The unweighted mean over domains; domains are resampled, then documents within each.
+
+        Its interval is for other domains of the same kind, that of `mean` for other documents.
+        """
+        estimate, samples = self._mean(difference)
+        return _interval(estimate, self._redrawn(samples))
+
+    def share(self, part: Array, whole: Array) -> Interval:
+        """The mean of `part` over the mean of `whole`, both resampled as in `hierarchical`.
+
+        Where the resampled whole comes near zero the interval is wide, as it should be.
+        """
+        (some, parts), (all_, wholes) = self._mean(part), self._mean(whole)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            shares = self._redrawn(parts) / self._redrawn(wholes)
+        return _interval(some / all_, shares[np.isfinite(shares)])
+
+    def _mean(self, difference: Array) -> tuple[float, Array]:
+        """The mean, and resampled means [resamples, domains]."""
         parts = [self._domain(name, difference) for name in self._rows]
         estimates, samples = zip(*parts, strict=True)
-        return _interval(float(np.mean(estimates)), np.mean(samples, axis=0))
+        return float(np.mean(estimates)), np.stack(samples, axis=1)
+
+    def _redrawn(self, samples: Array) -> Array:
+        means: Array = samples[self._within, self._drawn].mean(axis=1)
+        return means
 
     def _domain(self, name: str, difference: Array) -> tuple[float, Array]:
         rows, counts = self._rows[name], self._counts[name]

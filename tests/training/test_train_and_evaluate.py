@@ -18,9 +18,27 @@ from training.artefact import Artefact
 from training.base import FrozenBase
 from training.cli import main
 from training.config import TrainSettings
-from training.evaluate import GAINS, VARIANTS
-from training.jobs import EvaluateJob, TrainJob
+from training.evaluation.figures import GAINS
+from training.evaluation.job import EvaluateJob
+from training.evaluation.settings import EvaluateSettings
+from training.jobs import TrainJob
 from training.runtime import InProcess
+
+
+CHEAP = EvaluateSettings.model_validate(
+    {
+        "documents": 12,
+        "resamples": 500,
+        "variants": ["base", "static", "hyper", "shuffled"],
+        "stream": {"groups": []},
+    }
+)
+
+
+def measure(folder: Path, data: Path, cache: Path, holdout: Path | None = None) -> dict[str, Any]:
+    """Evaluate and write the figures into the bundle."""
+    out = folder.with_name(f"{folder.name}-evaluation")
+    return EvaluateJob(folder, data, cache, out, CHEAP, holdout=holdout, record=True).run()
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +53,7 @@ def trained(
     """A trained and measured bundle. Read only."""
     folder = tmp_path_factory.mktemp("run") / "bundle"
     TrainJob(settings, data, cache, "a test").run(InProcess()).save(folder)
-    EvaluateJob(folder, data, cache).run()
+    measure(folder, data, cache)
     return folder
 
 
@@ -67,12 +85,12 @@ def test_the_two_domains_are_told_apart_by_their_clusters(evaluation: dict[str, 
 
 
 def test_figures_agree_with_each_other(evaluation: dict[str, Any]) -> None:
-    for group in ("seen", "excluded"):
+    for group in ("seen", "unseen"):
         for figures in evaluation[group]["domains"].values():
             nats = figures["nats_per_token"]
-            assert tuple(nats) == VARIANTS
-            for gain, (worse, better) in GAINS.items():
-                estimate, low, high = figures["gains"][gain]
+            assert tuple(nats) == CHEAP.variants
+            for gain, (estimate, low, high) in figures["gains"].items():
+                worse, better = GAINS[gain]
                 assert estimate == pytest.approx(nats[worse] - nats[better], abs=2e-5)
                 assert low <= estimate <= high
 
@@ -83,7 +101,7 @@ def test_excluded_domains_are_measured_and_never_trained_on(
     record = Artefact.load(trained, None).record
     assert sorted(record["domains"]) == ["animals", "numbers"]
     assert sorted(evaluation["seen"]["domains"]) == ["animals", "numbers"]
-    assert sorted(evaluation["excluded"]["domains"]) == ["secret"]
+    assert sorted(evaluation["unseen"]["domains"]) == ["secret"]
 
 
 def test_the_card_prints_the_figures(trained: Path, evaluation: dict[str, Any]) -> None:
@@ -106,8 +124,8 @@ def test_measuring_again_gives_the_same_figures(
     trained: Path, data: Path, cache: Path, tmp_path: Path, evaluation: dict[str, Any]
 ) -> None:
     copy = shutil.copytree(trained, tmp_path / "bundle")
-    assert EvaluateJob(copy, data, cache).run() == evaluation
-    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+    assert measure(copy, data, cache) == evaluation
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "bundle-evaluation"]
 
 
 def test_a_twin_with_domains_held_out_lends_its_figures(
@@ -116,10 +134,10 @@ def test_a_twin_with_domains_held_out_lends_its_figures(
     held_out = settings.data.model_copy(update={"holdout": ("numbers",)})
     twin = settings.model_copy(update={"data": held_out})
     TrainJob(twin, data, cache, "a test").run(InProcess()).save(tmp_path / "twin")
-    figures = EvaluateJob(tmp_path / "twin", data, cache).run()["held_out"]
+    figures = measure(tmp_path / "twin", data, cache)["held_out"]
     assert list(figures["domains"]) == ["numbers"]
     copy = shutil.copytree(trained, tmp_path / "bundle")
-    assert EvaluateJob(copy, data, cache, holdout=tmp_path / "twin").run()["twin"] == figures
+    assert measure(copy, data, cache, tmp_path / "twin")["twin"] == figures
     assert "same recipe" in (copy / "README.md").read_text()
 
 
@@ -129,10 +147,10 @@ def test_a_twin_of_another_recipe_is_refused(
     held_out = settings.data.model_copy(update={"holdout": ("numbers",)})
     twin = settings.model_copy(update={"data": held_out, "rank": 2})
     TrainJob(twin, data, cache, "a test").run(InProcess()).save(tmp_path / "twin")
-    EvaluateJob(tmp_path / "twin", data, cache).run()
+    measure(tmp_path / "twin", data, cache)
     copy = shutil.copytree(trained, tmp_path / "bundle")
     with pytest.raises(BundleError, match="other settings"):
-        EvaluateJob(copy, data, cache, holdout=tmp_path / "twin").run()
+        measure(copy, data, cache, tmp_path / "twin")
 
 
 def test_a_bundle_without_its_training_folder_cannot_be_measured(
@@ -141,7 +159,7 @@ def test_a_bundle_without_its_training_folder_cannot_be_measured(
     copy = shutil.copytree(trained, tmp_path / "bundle")
     shutil.rmtree(copy / "training")
     with pytest.raises(BundleError, match="cannot be evaluated"):
-        EvaluateJob(copy, data, cache).run()
+        measure(copy, data, cache)
 
 
 @pytest.fixture
@@ -156,7 +174,8 @@ def test_the_command_line_trains_and_measures(
 ) -> None:
     out = str(tmp_path / "out")
     assert main(["train", *arguments, "--out", out, "--seed", "3"]) == 0
-    assert main(["evaluate", "--bundle", out, "--data", str(data), "--cache", str(cache)]) == 0
+    places = ["--bundle", out, "--data", str(data), "--cache", str(cache)]
+    assert main(["evaluate", *places, "--documents", "4", "--variants", "base,hyper"]) == 0
     assert "| **mean** |" in capsys.readouterr().out
     assert Artefact.load(Path(out), None).bundle.seed == 3
 

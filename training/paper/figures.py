@@ -8,9 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from training.evaluate import RESAMPLES
 from training.paper.examples import Examples
-from training.statistics import Array, Bootstrap
+from training.statistics import RESAMPLES, Array, Bootstrap
 
 GAINS = {
     "lora": ("base", "lora"),
