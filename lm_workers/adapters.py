@@ -1,4 +1,4 @@
-"""Updates on the device: the resident cores, and the layers that apply them row by row.
+"""Updates on the device: the shared bases, and the resident cores in numbered slots.
 
 Rows of any number of clusters share one batch. The big products (x V and U ...) run once for the
 whole batch; only the r x r core is looked up per row. So a step costs the same however many
@@ -9,16 +9,29 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
-from torch import nn
 
 from adapter_gen.update import LoraDelta, SharedBases, UpdateSpec
-from cluster_router.wire.errors import DeltaError, ModelError
 
 OFF = 0
 """Slot of rows that run unadapted: its numbers are zero, so the base output is unchanged."""
+
+
+@dataclass(frozen=True)
+class UpdateTargets:
+    """The sites of a group of linear layers that are computed as one.
+
+    Attributes:
+        targets: int64 [G, 3] on the CPU: site, its first output column, its number of columns.
+        u: [r, sum of columns], the sites' U transposed, side by side.
+        v: [G * r, in], the sites' V stacked.
+    """
+
+    targets: torch.Tensor
+    u: torch.Tensor
+    v: torch.Tensor
 
 
 class RowSlots:
@@ -73,6 +86,15 @@ class AdapterBank:
         else:
             self.cores = slots(len(spec.sites), spec.rank, spec.rank)
             self.shifts = slots(spec.hidden_size)
+
+    def targets(self, placed: Sequence[tuple[int, int, int]]) -> UpdateTargets:
+        """Sites that are applied together, each with its first output column and their number."""
+        sites = [site for site, _, _ in placed]
+        return UpdateTargets(
+            targets=torch.tensor(placed, dtype=torch.int64),
+            u=torch.cat([self.u[site].T for site in sites], 1).contiguous(),
+            v=torch.cat([self.v[site] for site in sites]),
+        )
 
     @property
     def resident(self) -> tuple[str, ...]:
@@ -138,101 +160,3 @@ class AdapterBank:
         victim = self._victim()
         assert victim is not None, "acquire without can_acquire"
         return victim
-
-
-class AdaptedLinear(nn.Module):
-    """A frozen linear layer plus each row's update: inner(x) + U core V x.
-
-    Args:
-        inner: `nn.Linear` or GPT-2's `Conv1D`; called as it is.
-        bank: holds the cores.
-        site: index of this layer in the bank's spec.
-        rows: the step's slots.
-    """
-
-    def __init__(self, inner: nn.Module, bank: AdapterBank, site: int, rows: RowSlots) -> None:
-        super().__init__()
-        self.inner = inner
-        self._bank, self._site, self._rows = bank, site, rows
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [1, T, in] -> [1, T, out]."""
-        y: torch.Tensor = self.inner(x)
-        slots = self._rows.tokens
-        if slots is None:
-            return y
-        cores = self._bank.cores[slots, self._site]
-        return y + _low_rank(x[0], self._bank.u[self._site], self._bank.v[self._site], cores)
-
-
-class AdaptedHead:
-    """The LM head with each row's update on the final hidden state (or, in the paper's form, on
-    the head's own weight).
-    """
-
-    def __init__(self, lm_head: nn.Module, bank: AdapterBank | None) -> None:
-        self._lm_head, self._bank = lm_head, bank
-
-    def __call__(self, hidden: torch.Tensor, slots: torch.Tensor | None) -> torch.Tensor:
-        """hidden [N, d], slots [N] or None (no row adapted) -> logits [N, vocab]."""
-        if self._bank is None or slots is None:
-            return self._logits(hidden)
-        if self._bank.spec.depth == "paper":
-            return self._paper_logits(hidden, slots, self._bank)
-        site = self._bank.spec.head
-        assert site is not None
-        low_rank = _low_rank(
-            hidden, self._bank.u[site], self._bank.v[site], self._bank.cores[slots, site]
-        )
-        return self._logits(hidden + self._bank.shifts[slots] + low_rank)
-
-    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = self._lm_head(hidden)
-        return logits
-
-    def _paper_logits(
-        self, hidden: torch.Tensor, slots: torch.Tensor, bank: AdapterBank
-    ) -> torch.Tensor:
-        logits = self._logits(hidden)
-        scale = bank.spec.alpha / bank.spec.rank
-        for slot in slots.unique().tolist():
-            if slot == OFF:
-                continue
-            rows = (slots == slot).nonzero()[:, 0]
-            update = F.linear(F.linear(hidden[rows], bank.lora_a[slot]), bank.lora_b[slot])
-            logits[rows] += scale * update
-        return logits
-
-
-def _low_rank(
-    x: torch.Tensor, u: torch.Tensor, v: torch.Tensor, cores: torch.Tensor
-) -> torch.Tensor:
-    """x [N, in], u [out, r], v [r, in], cores [N, r, r] -> [N, out]."""
-    inner = F.linear(x, v)
-    return F.linear(torch.bmm(cores, inner.unsqueeze(-1)).squeeze(-1), u)
-
-
-def install(model: nn.Module, bank: AdapterBank, rows: RowSlots) -> None:
-    """Wrap every linear layer that the bank's spec names, in place.
-
-    Raises:
-        ModelError: the model has no such layer, or one of another size.
-        DeltaError: the bases do not fit the spec.
-    """
-    if bank.spec.depth == "paper":
-        return
-    if len(bank.u) != len(bank.spec.sites) or len(bank.v) != len(bank.spec.sites):
-        raise DeltaError(f"the bundle's bases cover {len(bank.u)} of {len(bank.spec.sites)} sites")
-    for index, site in enumerate(bank.spec.sites):
-        if index == bank.spec.head:
-            continue
-        parent_name, _, name = site.name.rpartition(".")
-        try:
-            parent = model.get_submodule(parent_name)
-            inner = parent.get_submodule(name)
-        except AttributeError:
-            raise ModelError(f"the update names {site.name}, which this model lacks") from None
-        if sorted(inner.weight.shape) != sorted((site.in_features, site.out_features)):  # type: ignore[arg-type]
-            raise ModelError(f"{site.name} is {tuple(inner.weight.shape)}, the update expects "  # type: ignore[arg-type]
-                             f"{site.in_features} -> {site.out_features}")  # fmt: skip
-        setattr(parent, name, AdaptedLinear(inner, bank, index, rows))

@@ -15,6 +15,7 @@ from lm_workers.config import EngineConfig
 from lm_workers.detokenizer import TokenTexts
 from lm_workers.engine import Engine
 from lm_workers.kv_cache import BlockPool, KVCache, bytes_per_token
+from lm_workers.layers.choose import choose_kernels, choose_layout
 from lm_workers.models import describe_model, load_causal_lm, load_tokenizer, resolve_dtype
 from lm_workers.runner import ModelRunner
 from lm_workers.sampler import Sampler
@@ -54,11 +55,19 @@ def build_engine(
         )
     cache = KVCache(model.config, pool.num_blocks * config.block_size, dtype, device)
     bank = None if update is None else AdapterBank(*update, config.max_adapters, dtype, device)
+    kernels = choose_kernels(config.kernels, dtype, device)
     eos = frozenset(info.eos_token_ids)
     return Engine(
-        runner=ModelRunner(model, cache, config.block_size, bank),
+        runner=ModelRunner(
+            model=model,
+            cache=cache,
+            block_size=config.block_size,
+            bank=bank,
+            layout=choose_layout(config.linear, dtype, device),
+            kernels=kernels,
+        ),
         scheduler=Scheduler(config, pool, bank),
-        sampler=Sampler(eos),
+        sampler=Sampler(eos, kernels),
         texts=TokenTexts(load_tokenizer(path)),
         eos=eos,
         max_context=max_context,

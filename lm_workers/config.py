@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 PositiveInt = Annotated[int, Field(gt=0)]
+LayoutName = Literal["auto", "plain", "packed"]
+KernelsName = Literal["auto", "reference", "native"]
 
 
 class EngineConfig(BaseModel):
@@ -25,6 +27,10 @@ class EngineConfig(BaseModel):
         max_adapters: updates resident on the device; the least recently used makes room.
         max_wait_s: a request that has waited this long goes before every warm cluster.
         max_queued: requests waiting before new ones are refused.
+        linear: layout of the weights. `packed` is oneDNN's own, same numbers in less time; `auto`
+            takes it for bfloat16 on a CPU.
+        kernels: what computes the rest of a layer. `native` is compiled C++ for a CPU; `auto` falls
+            back to `reference`, plain torch, where there is no compiler.
         cpu_threads: threads of one step on a CPU; None is every core this process may use.
     """
 
@@ -40,6 +46,8 @@ class EngineConfig(BaseModel):
     max_adapters: PositiveInt = 64
     max_wait_s: Annotated[float, Field(ge=0)] = 0.5
     max_queued: PositiveInt = 256
+    linear: LayoutName = "auto"
+    kernels: KernelsName = "auto"
     cpu_threads: PositiveInt | None = None
 
     @model_validator(mode="after")

@@ -6,13 +6,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel
 
 from cluster_router.wire.errors import ModelError
-from lm_workers.adapters import OFF, AdaptedHead, AdapterBank, RowSlots, install
-from lm_workers.attention import KV_ALIGN, PAGED, PagedStep, PrefillSpan
+from lm_workers.adapters import OFF, AdapterBank, RowSlots
+from lm_workers.attention import PAGED
 from lm_workers.kv_cache import KVCache
+from lm_workers.layers.head import AdaptedHead
+from lm_workers.layers.install import install
+from lm_workers.layers.kernels import Kernels
+from lm_workers.layers.linear import PackedProduct, PlainProduct
+from lm_workers.layers.paged import PagedStep
 from lm_workers.sequence import Batch, Span
 
 T = TypeVar("T")
@@ -39,25 +45,32 @@ class StepOutput:
 class ModelRunner:
     """Runs batches through a transformers model, with the KV cache and the updates.
 
-    Takes the model over: its linear layers are wrapped and its attention replaced.
+    Takes the model over: its layers are replaced by ours.
 
     Args:
         model: a causal LM whose attention goes through transformers' AttentionInterface.
         cache: KV tensors.
         block_size: tokens in a block.
         bank: resident updates; None serves the base model alone.
+        layout: of the weights.
+        kernels: compute what is not a matrix product.
     """
 
     def __init__(
-        self, model: PreTrainedModel, cache: KVCache, block_size: int, bank: AdapterBank | None
+        self,
+        model: PreTrainedModel,
+        cache: KVCache,
+        block_size: int,
+        bank: AdapterBank | None,
+        layout: type[PlainProduct] | type[PackedProduct],
+        kernels: Kernels,
     ) -> None:
         self._device = model.device
-        self._cache, self._block_size = cache, block_size
+        self._cache, self._block_size, self._kernels = cache, block_size, kernels
         self._rows = RowSlots()
-        self.head = AdaptedHead(model.get_output_embeddings(), bank)
         reference = self._reference(model)
-        if bank is not None:
-            install(model, bank, self._rows)
+        self.head = AdaptedHead(model.get_output_embeddings(), layout, kernels, bank)
+        install(model, layout, kernels, bank, self._rows)
         model.set_attn_implementation(PAGED)
         self._body = model.base_model
         self._check_same(*reference)
@@ -70,12 +83,7 @@ class ModelRunner:
         positions = [place for span in spans for place in range(span.start, span.stop)]
         slots = self._slots(spans)
         self._rows.tokens = slots
-        hidden = self._body(
-            input_ids=self._int64(tokens)[None],
-            position_ids=self._int64(positions)[None],
-            use_cache=False,
-            paged=self._paged(spans),
-        ).last_hidden_state[0]
+        hidden = self._hidden(self._int64(tokens), self._int64(positions), self._paged(spans))
         offsets, row = [], 0
         for span in batch.spans:
             offsets.append(row)
@@ -89,6 +97,19 @@ class ModelRunner:
         slots = None if output.slots is None else output.slots[index]
         return self.head(output.hidden[index], slots)[: len(rows)]
 
+    def _hidden(
+        self, tokens: torch.Tensor, positions: torch.Tensor, paged: PagedStep
+    ) -> torch.Tensor:
+        """Final hidden states [T, d] of tokens [T] at positions [T]."""
+        hidden: torch.Tensor = self._body(
+            input_ids=tokens[None],
+            position_ids=positions[None],
+            use_cache=False,
+            paged=paged,
+            kernels=self._kernels,
+        ).last_hidden_state[0]
+        return hidden
+
     def _int64(self, values: Sequence[int]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self._device)
 
@@ -99,27 +120,24 @@ class ModelRunner:
         return self._int64(slots).repeat_interleave(self._int64([span.length for span in spans]))
 
     def _paged(self, spans: Sequence[Span]) -> PagedStep:
-        placed = [(span, self._token_slots(span)) for span in spans]
-        write = torch.cat([table[span.start : span.stop] for span, table in placed])
-        decoding = [one for one in placed if one[0].length == 1]
-        prefills, row = [], len(decoding)
-        for span, table in placed[row:]:
-            slots = _aligned([table])[0].to(self._device)
-            prefills.append(PrefillSpan(row, row + span.length, span.stop, slots))
+        size = self._block_size
+        blocks = [-(-span.stop // size) for span in spans]
+        tables = np.zeros((len(spans), max(blocks)), np.int64)
+        write = np.empty(sum(span.length for span in spans), np.int64)
+        rows, row = np.empty((len(spans), 3), np.int64), 0
+        for number, (span, count) in enumerate(zip(spans, blocks, strict=True)):
+            tables[number, :count] = span.sequence.blocks[:count]
+            places = np.arange(span.start, span.stop)
+            write[row : row + span.length] = tables[number, places // size] * size + places % size
+            rows[number] = row, row + span.length, span.stop
             row += span.length
         return PagedStep(
             cache=self._cache,
-            write_slots=write.to(self._device),
-            decode_slots=_aligned([table for _, table in decoding]).to(self._device),
-            decode_lengths=self._int64([span.stop for span, _ in decoding]),
-            prefills=tuple(prefills),
+            block_size=size,
+            write_slots=torch.from_numpy(write).to(self._device),
+            spans=torch.from_numpy(rows),
+            tables=torch.from_numpy(tables).to(self._device),
         )
-
-    def _token_slots(self, span: Span) -> torch.Tensor:
-        """Cache slots of the span's sequence, positions 0 to `span.stop`."""
-        blocks = torch.tensor(span.sequence.blocks, dtype=torch.int64)
-        slots = blocks[:, None] * self._block_size + torch.arange(self._block_size)
-        return slots.flatten()[: span.stop]
 
     @torch.inference_mode()
     def _reference(self, model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor]:
@@ -132,18 +150,19 @@ class ModelRunner:
     def _check_same(self, tokens: torch.Tensor, expected: torch.Tensor) -> None:
         """Refuse a model whose class does something that this runner leaves out.
 
-        Examples are scaled or capped logits. Better to fail here than to serve other numbers.
+        Examples are scaled or capped logits. Better to fail here than to serve other numbers. The
+        median position counts: in half precision single ones swing with the order of a sum.
         """
-        count = len(tokens)
-        slots = torch.arange(count, device=self._device) + self._block_size
-        none = slots[:0]
-        span = PrefillSpan(0, count, count, _aligned([slots.cpu()])[0].to(self._device))
-        paged = PagedStep(self._cache, slots, none[:, None], none, (span,))
-        positions = torch.arange(count, device=self._device)[None]
-        hidden = self._body(
-            input_ids=tokens[None], position_ids=positions, use_cache=False, paged=paged
-        ).last_hidden_state[0]
-        error = (self.head(hidden, None).float() - expected.float()).abs().max()
+        count, size = len(tokens), self._block_size
+        paged = PagedStep(
+            cache=self._cache,
+            block_size=size,
+            write_slots=torch.arange(count, device=self._device) + size,
+            spans=torch.tensor([[0, count, count]]),
+            tables=torch.arange(1, 1 + -(-count // size), device=self._device)[None],
+        )
+        hidden = self._hidden(tokens, torch.arange(count, device=self._device), paged)
+        error = (self.head(hidden, None).float() - expected.float()).abs().amax(-1).median()
         scale = expected.float().abs().max()
         tolerance = 1e-3 if expected.dtype == torch.float32 else 0.05
         if not error <= tolerance * scale:
@@ -161,15 +180,6 @@ def _never_one(rows: Sequence[T]) -> Sequence[T]:
     gets the same numbers, to the last bit, alone and in company.
     """
     return [*rows, *rows] if len(rows) == 1 else rows
-
-
-def _aligned(tables: list[torch.Tensor]) -> torch.Tensor:
-    """Stack slot tables [n_i] into [N, L], padded with slot 0 to a multiple of KV_ALIGN."""
-    longest = max((len(table) for table in tables), default=0)
-    padded = torch.zeros(len(tables), -(-longest // KV_ALIGN) * KV_ALIGN, dtype=torch.int64)
-    for row, table in zip(padded, tables, strict=True):
-        row[: len(table)] = table
-    return padded
 
 
 def scored_rows(rows: list[int]) -> list[list[int]]:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from cluster_router.wire.types import SamplingParams
+from lm_workers.layers.kernels import Kernels
 from lm_workers.sequence import Sequence
 
 
@@ -33,15 +34,24 @@ class Sampler:
 
     Args:
         eos: token ids that end an answer.
+        kernels: find the most likely tokens.
     """
 
-    def __init__(self, eos: frozenset[int]) -> None:
-        self._eos = eos
+    def __init__(self, eos: frozenset[int], kernels: Kernels) -> None:
+        self._eos, self._kernels = eos, kernels
 
     def sample(self, logits: torch.Tensor, sequences: list[Sequence]) -> list[Sampled]:
         """logits [N, vocab] of any float type, one row for each sequence -> N tokens."""
-        logits = logits.float()
-        chosen = self._choose(logits, sequences)
+        chosen = self._kernels.argmax(logits)
+        # Rows that just want the most likely token are done; the others need float32.
+        drawn = [
+            row
+            for row, one in enumerate(sequences)
+            if one.sampling.temperature > 0 or self._edits(one)
+        ]
+        if drawn:
+            picked = [sequences[row] for row in drawn]
+            chosen[drawn] = self._choose(logits[drawn].float(), picked)
         wanted = [row for row, one in enumerate(sequences) if one.sampling.logprobs is not None]
         scored = {}
         if wanted:
@@ -50,11 +60,10 @@ class Sampler:
         return [scored.get(row, Sampled(token)) for row, token in enumerate(chosen.tolist())]
 
     def _choose(self, logits: torch.Tensor, sequences: list[Sequence]) -> torch.Tensor:
-        edited = [row for row, one in enumerate(sequences) if self._edits(one)]
-        if edited:
-            logits = logits.clone()
-            for row in edited:
-                self._edit(logits[row], sequences[row])
+        """logits float32 [N, vocab], which change in place -> tokens [N]."""
+        for row, sequence in enumerate(sequences):
+            if self._edits(sequence):
+                self._edit(logits[row], sequence)
         chosen = logits.argmax(-1)
         random = [row for row, one in enumerate(sequences) if one.sampling.temperature > 0]
         if random:

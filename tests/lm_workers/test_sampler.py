@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from cluster_router.wire.types import SamplingParams
+from lm_workers.layers.reference import ReferenceKernels
 from lm_workers.sampler import Sampler, score
 from lm_workers.sequence import Sequence
 
@@ -25,7 +26,10 @@ def sequence(
 
 def choose(*sequences: Sequence, logits: torch.Tensor = LOGITS) -> list[int]:
     rows = logits.expand(len(sequences), -1)
-    return [one.token for one in Sampler(frozenset({EOS})).sample(rows, list(sequences))]
+    return [
+        one.token
+        for one in Sampler(frozenset({EOS}), ReferenceKernels()).sample(rows, list(sequences))
+    ]
 
 
 def frequencies(count: int = 4000, **params: object) -> dict[int, float]:
@@ -114,7 +118,7 @@ def test_min_tokens_forbids_ending() -> None:
 
 def test_logprobs_are_the_models_own() -> None:
     wanted = sequence(temperature=0, logprobs=2, logit_bias={4: 10.0})
-    [sampled] = Sampler(frozenset()).sample(LOGITS[None], [wanted])
+    [sampled] = Sampler(frozenset(), ReferenceKernels()).sample(LOGITS[None], [wanted])
     assert sampled.token == 4
     assert sampled.logprob == pytest.approx(math.log(0.1), abs=1e-5)
     assert [token for token, _ in sampled.top] == [1, 2]

@@ -1,0 +1,60 @@
+"""Which layout and which kernels a setting means on this machine."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from cluster_router.wire.errors import ConfigError
+from lm_workers.config import KernelsName, LayoutName
+from lm_workers.layers.compiler import CompileError
+from lm_workers.layers.kernels import Kernels
+from lm_workers.layers.linear import PackedProduct, PlainProduct
+from lm_workers.layers.native import NATIVE_DTYPES, NativeKernels
+from lm_workers.layers.reference import ReferenceKernels
+
+log = logging.getLogger(__name__)
+
+
+def choose_layout(
+    name: LayoutName, dtype: torch.dtype, device: str
+) -> type[PlainProduct] | type[PackedProduct]:
+    """The layout of the weights.
+
+    Raises:
+        ConfigError: `packed` where there is no such layout.
+    """
+    packs = device == "cpu" and dtype == torch.bfloat16 and _onednn_has_bfloat16()
+    if name == "packed" and not packs:
+        raise ConfigError(
+            f"linear: packed needs bfloat16 on a CPU that computes in it; this is {dtype} on "
+            f"{device}; use auto",
+            "linear",
+        )
+    return PlainProduct if name == "plain" or not packs else PackedProduct
+
+
+def choose_kernels(name: KernelsName, dtype: torch.dtype, device: str) -> Kernels:
+    """The kernels beside the matrix products.
+
+    Raises:
+        ConfigError: `native` where they cannot run.
+    """
+    if name == "reference":
+        return ReferenceKernels()
+    reason = f"they are for float32 and bfloat16 on a CPU, not for {dtype} on {device}"
+    if device == "cpu" and dtype in NATIVE_DTYPES:
+        try:
+            return NativeKernels(dtype, torch.get_num_threads())
+        except CompileError as error:
+            reason = str(error)
+            log.warning("running without compiled kernels, several times slower: %s", reason)
+    if name == "native":
+        raise ConfigError(f"kernels: native is not possible: {reason}; use auto", "kernels")
+    return ReferenceKernels()
+
+
+def _onednn_has_bfloat16() -> bool:
+    found: bool = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.backends.mkldnn.is_available() and found

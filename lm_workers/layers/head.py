@@ -1,0 +1,60 @@
+"""The LM head with each row's update."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lm_workers.adapters import OFF, AdapterBank, UpdateTargets
+from lm_workers.layers.kernels import Kernels
+from lm_workers.layers.linear import LinearGroup, PackedProduct, PlainProduct
+
+
+class AdaptedHead:
+    """Logits under each row's update, which acts on the final hidden state or, in the paper's
+    form, on the head's own weight.
+
+    Args:
+        lm_head: the model's.
+        layout: of its weight.
+        kernels: apply the update.
+        bank: None serves the base model alone.
+    """
+
+    def __init__(
+        self,
+        lm_head: nn.Module,
+        layout: type[PlainProduct] | type[PackedProduct],
+        kernels: Kernels,
+        bank: AdapterBank | None,
+    ) -> None:
+        self._logits = LinearGroup([lm_head], layout, None)
+        self._kernels, self._bank = kernels, bank
+        self._targets: UpdateTargets | None = None
+        if bank is not None and bank.spec.head is not None:
+            self._targets = bank.targets([(bank.spec.head, 0, bank.spec.hidden_size)])
+
+    def __call__(self, hidden: torch.Tensor, slots: torch.Tensor | None) -> torch.Tensor:
+        """hidden [N, d], slots [N] or None (no row adapted) -> logits [N, vocab]."""
+        if self._bank is None or slots is None:
+            return self._logits(hidden)
+        if self._targets is None:
+            return self._paper_logits(hidden, slots, self._bank)
+        shifted = hidden + self._bank.shifts[slots]
+        wide = torch.cat([shifted, F.linear(hidden, self._targets.v)], 1)
+        self._kernels.update(wide, self._targets, self._bank.cores, slots)
+        return self._logits(wide[:, : hidden.shape[1]])
+
+    def _paper_logits(
+        self, hidden: torch.Tensor, slots: torch.Tensor, bank: AdapterBank
+    ) -> torch.Tensor:
+        logits: torch.Tensor = self._logits(hidden)
+        scale = bank.spec.alpha / bank.spec.rank
+        for slot in slots.unique().tolist():
+            if slot == OFF:
+                continue
+            rows = (slots == slot).nonzero()[:, 0]
+            update = F.linear(F.linear(hidden[rows], bank.lora_a[slot]), bank.lora_b[slot])
+            logits[rows] += scale * update
+        return logits

@@ -1,0 +1,88 @@
+"""What a decoder layer computes beside its matrix products."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from lm_workers.adapters import UpdateTargets
+from lm_workers.layers.paged import PagedStep
+
+
+@dataclass(frozen=True)
+class HeadNorms:
+    """RMS norms [head_dim] of each query and key head, before rotation."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    eps: float
+
+
+class Kernels(Protocol):
+    """Operations on T rows, each row independent of the others except through the KV cache.
+
+    Results are rounded to the model's dtype wherever transformers rounds them.
+    """
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """x [T, d] -> [T, d]."""
+        ...
+
+    def add_rms_norm(
+        self, residual: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> torch.Tensor:
+        """Add x to `residual` in place, and return the norm of the sum, [T, d]."""
+        ...
+
+    def rotate_and_store(
+        self,
+        qkv: torch.Tensor,
+        rotary: tuple[torch.Tensor, torch.Tensor],
+        norms: HeadNorms | None,
+        paged: PagedStep,
+        layer: int,
+    ) -> torch.Tensor:
+        """Rotate queries and keys, and put keys and values into the cache.
+
+        Args:
+            qkv: [T, (heads + 2 kv_heads) * head_dim]; may be overwritten.
+            rotary: cosines and sines, each [T, head_dim].
+            norms: applied before the rotation.
+
+        Returns:
+            queries [T, heads, head_dim], perhaps a view of `qkv`.
+        """
+        ...
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        paged: PagedStep,
+        layer: int,
+        scaling: float,
+        window: int | None,
+    ) -> torch.Tensor:
+        """Causal attention of query [T, heads, head_dim] over the cache -> the same shape."""
+        ...
+
+    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """gate_up [T, 2n] -> silu(gate) * up, [T, n]."""
+        ...
+
+    def argmax(self, x: torch.Tensor) -> torch.Tensor:
+        """x [T, n] -> int64 [T], where each row is largest, the first place of equals."""
+        ...
+
+    def update(
+        self, wide: torch.Tensor, targets: UpdateTargets, cores: torch.Tensor, slots: torch.Tensor
+    ) -> None:
+        """Add U core (V x) of each row's own cores to the outputs, in place.
+
+        Args:
+            wide: [T, out + G * r]: the group's outputs, then V x of its sites.
+            cores: [slots, sites, r, r].
+            slots: int64 [T]. Rows in slot 0 stay as they are.
+        """
+        ...

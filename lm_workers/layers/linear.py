@@ -1,0 +1,123 @@
+"""Matrix products: weight layouts, and linear layers that read the same input as one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from lm_workers.adapters import AdapterBank, RowSlots, UpdateTargets
+from lm_workers.layers.kernels import Kernels
+
+_PACK_ROWS = 16
+"""Rows that the packed layout is chosen for. The result is the same for any number."""
+
+
+class PlainProduct:
+    """x W^T + b as torch computes it. weight is [out, in]."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        self._weight, self._bias = weight, bias
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """x [T, in] -> [T, out]."""
+        return F.linear(x, self._weight, self._bias)
+
+
+class PackedProduct:
+    """The same numbers as `PlainProduct`, from weights that oneDNN has laid out for its kernels.
+
+    Without it every call lays them out again, which takes longer than a small product.
+    """
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _PACK_ROWS)
+        self._bias = bias
+        self._product = torch.ops.mkldnn._linear_pointwise.default
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """x [T, in] -> [T, out]."""
+        y: torch.Tensor = self._product(x, self._weight, self._bias, "none", [], "")
+        return y
+
+
+def weight_of(module: nn.Module) -> torch.Tensor:
+    """Weight [out, in] of an `nn.Linear` or of GPT-2's `Conv1D`, which holds its transpose."""
+    weight = module.weight
+    assert isinstance(weight, torch.Tensor)
+    return weight.T if isinstance(module, Conv1D) else weight
+
+
+class RowUpdate:
+    """What the update adds to the outputs of a group, row by row.
+
+    Args:
+        bank: the resident cores.
+        rows: the step's slots.
+        kernels: to apply them with.
+        targets: the group's sites.
+    """
+
+    def __init__(
+        self, bank: AdapterBank, rows: RowSlots, kernels: Kernels, targets: UpdateTargets
+    ) -> None:
+        self.v = targets.v
+        self._bank, self._rows, self._kernels, self._targets = bank, rows, kernels, targets
+
+    def apply(self, wide: torch.Tensor) -> None:
+        """wide [T, out + G * r]: the outputs, which change in place, then V x."""
+        slots = self._rows.tokens
+        if slots is not None:
+            self._kernels.update(wide, self._targets, self._bank.cores, slots)
+
+
+class LinearGroup(nn.Module):
+    """Linear layers that read the same input, computed as one, with each row's update.
+
+    V of the update is stacked under the weights, so that one product gives W x and V x.
+
+    Args:
+        members: `nn.Linear` or `Conv1D`.
+        layout: of the weights.
+        update: None leaves the outputs as they are.
+    """
+
+    def __init__(
+        self,
+        members: Sequence[nn.Module],
+        layout: type[PlainProduct] | type[PackedProduct],
+        update: RowUpdate | None,
+    ) -> None:
+        super().__init__()
+        weights = [weight_of(member) for member in members]
+        biases: list[object] = [member.bias for member in members]
+        self._columns = sum(len(weight) for weight in weights)
+        self._update = update
+        if update is not None:
+            weights.append(update.v)
+            biases.append(None)
+        # A lone weight stays where it is: it may be the embedding's.
+        weight = torch.cat(weights) if len(weights) > 1 else weights[0]
+        self._product = layout(weight, _stacked_bias(weights, biases))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., in] -> [..., out], the members' outputs side by side."""
+        y = self._product(x.reshape(-1, x.shape[-1]))
+        if self._update is not None:
+            self._update.apply(y)
+            y = y[:, : self._columns]
+        return y if x.dim() == 2 else y.unflatten(0, x.shape[:-1])
+
+
+def _stacked_bias(weights: Sequence[torch.Tensor], biases: Sequence[object]) -> torch.Tensor | None:
+    if not any(isinstance(bias, torch.Tensor) for bias in biases):
+        return None
+    return torch.cat(
+        [
+            bias if isinstance(bias, torch.Tensor) else weight.new_zeros(len(weight))
+            for weight, bias in zip(weights, biases, strict=True)
+        ]
+    )

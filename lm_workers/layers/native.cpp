@@ -1,0 +1,177 @@
+// Vector kernels of one decoder layer on a CPU. Compiled for one type T: float32, or bfloat16 with
+// -DBFLOAT16. Strides and sizes count numbers, not bytes. reference.py says in torch what each
+// function computes.
+//
+// Every row's numbers depend on that row alone: sums run in the same order whatever the batch, the
+// tile or the number of threads. Intermediate results are rounded to T where transformers does.
+
+#include "attention.h"
+#include "vectors.h"
+
+namespace {
+
+void normalise(const T* x, const T* weight, float eps, int64_t size, T* out) {
+  vf squares{};
+  for (int64_t i = 0; i < size; i += W) {
+    vf v = load(x + i, size - i);
+    squares += v * v;
+  }
+  float scale = 1.f / std::sqrt(sum(squares) / size + eps);
+  for (int64_t i = 0; i < size; i += W) {
+    vf v = rounded(load(x + i, size - i) * scale);
+    store(out + i, v * load(weight + i, size - i), size - i);
+  }
+}
+
+void add(T* residual, const T* x, int64_t size) {
+  for (int64_t i = 0; i < size; i += W)
+    store(residual + i, load(residual + i, size - i) + load(x + i, size - i), size - i);
+}
+
+// Rotate one head: its halves are the real and the imaginary parts.
+void rotate(const T* x, const T* cosine, const T* sine, int64_t size, T* out) {
+  int64_t half = size / 2;
+  for (int64_t i = 0; i < half; i += W) {
+    int64_t n = half - i, j = half + i;
+    vf a = load(x + i, n), b = load(x + j, n);
+    vf left = rounded(a * load(cosine + i, n)) - rounded(b * load(sine + i, n));
+    vf right = rounded(b * load(cosine + j, n)) + rounded(a * load(sine + j, n));
+    store(out + i, left, n);
+    store(out + j, right, n);
+  }
+}
+
+// y[rows] += U core z for 4 rows and one site. `ut` is U transposed, [rank, width of the group].
+void update_tile(T* y, int64_t stride, int64_t rows, const T* z, const T* cores,
+                 int64_t cores_stride, const int64_t* slots, const T* ut, int64_t ut_stride,
+                 int64_t rank, int64_t width) {
+  std::vector<float> inner(ROWS * rank);
+  for (int64_t r = 0; r < rows; r++) {
+    const T* core = cores + slots[r] * cores_stride;
+    for (int64_t i = 0; i < rank; i++) {
+      vf acc{};
+      for (int64_t j = 0; j < rank; j += W)
+        acc += load(core + i * rank + j, rank - j) * load(z + r * stride + j, rank - j);
+      inner[r * rank + i] = sum(acc);
+    }
+  }
+  for (int64_t o = 0; o < width; o += W) {
+    vf acc[ROWS] = {};
+    for (int64_t j = 0; j < rank; j++) {
+      vf u = load(ut + j * ut_stride + o, width - o);
+      for (int64_t r = 0; r < ROWS; r++) acc[r] += inner[r * rank + j] * u;
+    }
+    for (int64_t r = 0; r < rows; r++)
+      if (slots[r]) store(y + r * stride + o, load(y + r * stride + o, width - o) + acc[r], width - o);
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+// out = norm(x), or residual += x, out = norm(residual).
+void rms_norm(T* residual, const T* x, int64_t stride, const T* weight, float eps, int64_t rows,
+              int64_t size, T* out, int64_t threads) {
+#pragma omp parallel for num_threads(threads) if (rows > 32)
+  for (int64_t t = 0; t < rows; t++) {
+    const T* from = x + t * stride;
+    if (residual) {
+      add(residual + t * size, from, size);
+      from = residual + t * size;
+    }
+    normalise(from, weight, eps, size, out + t * size);
+  }
+}
+
+// Norm and rotate queries in place, keys into the cache; copy values into the cache.
+void rotate_and_store(T* qkv, int64_t stride, const T* cosine, const T* sine, const T* q_norm,
+                      const T* k_norm, float eps, const int64_t* slots, T* keys, T* values,
+                      int64_t rows, int64_t heads, int64_t kv_heads, int64_t size,
+                      int64_t threads) {
+#pragma omp parallel for num_threads(threads) if (rows > 32)
+  for (int64_t t = 0; t < rows; t++) {
+    T* x = qkv + t * stride;
+    int64_t slot = slots[t] * kv_heads * size;
+    for (int64_t h = 0; h < heads + kv_heads; h++, x += size) {
+      const T* norm = h < heads ? q_norm : k_norm;
+      if (norm) normalise(x, norm, eps, size, x);
+      T* to = h < heads ? x : keys + slot + (h - heads) * size;
+      rotate(x, cosine + t * size, sine + t * size, size, to);
+    }
+    std::memcpy(values + slot, x, kv_heads * size * sizeof(T));
+  }
+}
+
+// out = silu(x[:size]) * x[size:].
+void silu_mul(const T* x, int64_t stride, T* out, int64_t rows, int64_t size, int64_t threads) {
+#pragma omp parallel for num_threads(threads) if (rows > 4)
+  for (int64_t t = 0; t < rows; t++)
+    for (int64_t i = 0; i < size; i += W) {
+      int64_t n = size - i;
+      vf gate = load(x + t * stride + i, n);
+      gate = rounded(gate / (1.f + exponential(-gate)));
+      store(out + t * size + i, gate * load(x + t * stride + size + i, n), n);
+    }
+}
+
+// out = index of each row's largest number, the first one where several are equal.
+void argmax(const T* x, int64_t stride, int64_t* out, int64_t rows, int64_t size,
+            int64_t threads) {
+#pragma omp parallel for num_threads(threads) if (rows > 1)
+  for (int64_t t = 0; t < rows; t++) {
+    const T* row = x + t * stride;
+    vf best = splat(load(row, 1)[0]);
+    for (int64_t i = 0; i + W <= size; i += W) best = larger(load(row + i), best);
+    for (int64_t i = size / W * W; i < size; i++) best = larger(splat(load(row + i, 1)[0]), best);
+    float top = largest(best);
+    int64_t at = 0;
+    while (at + W <= size && !any(load(row + at) == top)) at += W;
+    while (at < size && load(row + at, 1)[0] != top) at++;
+    out[t] = at < size ? at : 0;
+  }
+}
+
+// Each row's update, in place. A target is (site, first column, width); z starts at `z_column`.
+void update(T* y, int64_t stride, int64_t rows, int64_t z_column, const T* cores,
+            int64_t num_sites, const int64_t* slots, const T* ut, int64_t ut_stride,
+            const int64_t* targets, int64_t num_targets, int64_t rank, int64_t threads) {
+#pragma omp parallel for num_threads(threads) if (rows > ROWS)
+  for (int64_t t = 0; t < rows; t += ROWS) {
+    int64_t column = 0;
+    for (int64_t g = 0; g < num_targets; g++) {
+      const int64_t *target = targets + 3 * g, width = target[2];
+      update_tile(y + t * stride + target[1], stride, std::min(ROWS, rows - t),
+                  y + t * stride + z_column + g * rank, cores + target[0] * rank * rank,
+                  num_sites * rank * rank, slots + t, ut + column, ut_stride, rank, width);
+      column += width;
+    }
+  }
+}
+
+// A span is (first row, stop row, tokens of its sequence up to the stop); its blocks are in
+// `tables`. A window of 0 is none.
+void attend(const T* query, int64_t stride, const T* keys, const T* values, T* out,
+            const int64_t* spans, int64_t num_spans, const int64_t* tables, int64_t table_width,
+            int64_t heads, int64_t kv_heads, int64_t size, int64_t block, int64_t window,
+            float scale, int64_t threads) {
+  std::vector<int64_t> tiles;  // span and first token, of each tile
+  for (int64_t s = 0; s < num_spans; s++)
+    for (int64_t t = spans[3 * s]; t < spans[3 * s + 1]; t += TILE) tiles.insert(tiles.end(), {s, t});
+  int64_t items = tiles.size() / 2 * kv_heads;
+  int64_t rows = (TILE * (heads / kv_heads) + ROWS - 1) / ROWS * ROWS;
+#pragma omp parallel num_threads(threads) if (items > kv_heads)
+  {
+    Scratch scratch((size + W - 1) / W * W, rows);
+#pragma omp for schedule(dynamic)
+    for (int64_t i = 0; i < items; i++) {
+      int64_t s = tiles[i / kv_heads * 2], first = tiles[i / kv_heads * 2 + 1];
+      int64_t stop = spans[3 * s + 1], length = spans[3 * s + 2];
+      Attention one{query, keys, values, out, tables + s * table_width, stride, heads,
+                       kv_heads, size, block, window, scale};
+      one.tile(scratch, i % kv_heads, first, std::min(TILE, stop - first), length - (stop - first));
+    }
+  }
+}
+
+}  // extern "C"

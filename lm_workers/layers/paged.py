@@ -1,0 +1,46 @@
+"""PagedStep: where the tokens of one step live in the KV cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+
+from lm_workers.kv_cache import KVCache
+
+KV_ALIGN = 32
+"""Torch's attention reads keys and values in multiples of this many tokens.
+
+Vectorised kernels treat the remainder of a row apart from the rest and round it differently. With
+whole multiples a sequence's numbers do not depend on how long its neighbours are.
+"""
+
+
+@dataclass(frozen=True)
+class PagedStep:
+    """A step runs all its tokens as one flat sequence of T rows; this says which belong together.
+
+    Attributes:
+        cache: the tensors.
+        block_size: tokens in a block.
+        write_slots: int64 [T], where each token's key and value go.
+        spans: int64 [S, 3] on the CPU: first row, stop row, and tokens of the sequence up to the
+            stop. Spans of one row come first.
+        tables: int64 [S, B] blocks of each span's sequence, padded with block 0.
+    """
+
+    cache: KVCache
+    block_size: int
+    write_slots: torch.Tensor
+    spans: torch.Tensor
+    tables: torch.Tensor
+
+    @cached_property
+    def token_slots(self) -> torch.Tensor:
+        """Cache slots [S, L] of each span's sequence, padded to a multiple of `KV_ALIGN`."""
+        offsets = torch.arange(self.block_size, device=self.tables.device)
+        slots = (self.tables[:, :, None] * self.block_size + offsets).flatten(1)
+        length = -(-int(self.spans[:, 2].max()) // KV_ALIGN) * KV_ALIGN
+        return F.pad(slots, (0, max(0, length - slots.shape[1])))[:, :length]

@@ -1,0 +1,144 @@
+"""The kernels in plain torch, on any device: what the others are measured against."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from lm_workers.adapters import UpdateTargets
+from lm_workers.layers.kernels import HeadNorms
+from lm_workers.layers.paged import KV_ALIGN, PagedStep
+
+
+class ReferenceKernels:
+    """See `Kernels`."""
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """See `Kernels`."""
+        wide = x.float()
+        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+        return weight * (wide * scale).to(x.dtype)
+
+    def add_rms_norm(
+        self, residual: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> torch.Tensor:
+        """See `Kernels`."""
+        residual += x
+        return self.rms_norm(residual, weight, eps)
+
+    def rotate_and_store(
+        self,
+        qkv: torch.Tensor,
+        rotary: tuple[torch.Tensor, torch.Tensor],
+        norms: HeadNorms | None,
+        paged: PagedStep,
+        layer: int,
+    ) -> torch.Tensor:
+        """See `Kernels`."""
+        _, kv_heads, size = paged.cache.keys[layer].shape
+        heads = qkv.unflatten(-1, (-1, size))
+        query, key, value = heads.split([heads.shape[1] - 2 * kv_heads, kv_heads, kv_heads], 1)
+        if norms is not None:
+            query = self.rms_norm(query, norms.query, norms.eps)
+            key = self.rms_norm(key, norms.key, norms.eps)
+        paged.cache.write(layer, paged.write_slots, _rotate(key, *rotary), value)
+        return _rotate(query, *rotary)
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        paged: PagedStep,
+        layer: int,
+        scaling: float,
+        window: int | None,
+    ) -> torch.Tensor:
+        """See `Kernels`. Spans of one row run as one padded batch, the others one by one."""
+        slots, lengths = paged.token_slots, paged.spans[:, 2].to(query.device)
+        spans = paged.spans.tolist()
+        decoding = sum(stop - start == 1 for start, stop, _ in spans)
+        parts = []
+        if decoding:
+            keys, values = paged.cache.read(layer, slots[:decoding])
+            out = _decode(query[:decoding], keys, values, lengths[:decoding], scaling, window)
+            parts.append(out)
+        for (start, stop, length), row in zip(spans[decoding:], slots[decoding:], strict=True):
+            keys, values = paged.cache.read(layer, row[: -(-length // KV_ALIGN) * KV_ALIGN])
+            parts.append(_prefill(query[start:stop], keys, values, length, scaling, window))
+        return torch.cat(parts)
+
+    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """See `Kernels`."""
+        gate, up = gate_up.chunk(2, -1)
+        return F.silu(gate) * up
+
+    def argmax(self, x: torch.Tensor) -> torch.Tensor:
+        """See `Kernels`."""
+        return x.argmax(-1)
+
+    def update(
+        self, wide: torch.Tensor, targets: UpdateTargets, cores: torch.Tensor, slots: torch.Tensor
+    ) -> None:
+        """See `Kernels`."""
+        rank, width = cores.shape[-1], 0
+        column = wide.shape[1] - rank * len(targets.targets)
+        for site, first, columns in targets.targets.tolist():
+            inner = wide[:, column : column + rank]
+            inner = torch.bmm(cores[slots, site], inner.unsqueeze(-1)).squeeze(-1)
+            wide[:, first : first + columns] += inner @ targets.u[:, width : width + columns]
+            column, width = column + rank, width + columns
+
+
+def _rotate(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
+    """Rotate x [T, heads, head_dim]; the halves of a head are real and imaginary parts."""
+    left, right = x.chunk(2, -1)
+    return x * cosine[:, None] + torch.cat((-right, left), -1) * sine[:, None]
+
+
+def _decode(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    lengths: torch.Tensor,
+    scaling: float,
+    window: int | None,
+) -> torch.Tensor:
+    """query [D, heads, head_dim] over keys and values [D, L, kv_heads, head_dim]."""
+    positions = torch.arange(keys.shape[1], device=query.device)
+    ends = lengths[:, None]
+    visible = positions < ends
+    if window is not None:
+        visible &= positions >= ends - window
+    # Heads that share a KV head become rows of one small query, so nothing is repeated.
+    out = F.scaled_dot_product_attention(
+        query.reshape(len(query), keys.shape[2], -1, query.shape[-1]),
+        keys.transpose(1, 2),
+        values.transpose(1, 2),
+        attn_mask=visible[:, None, None, :],
+        scale=scaling,
+    )
+    return out.reshape(query.shape)
+
+
+def _prefill(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    length: int,
+    scaling: float,
+    window: int | None,
+) -> torch.Tensor:
+    """query [N, heads, head_dim], the last N of `length` tokens, over [L, kv_heads, head_dim]."""
+    positions = torch.arange(len(keys), device=query.device)
+    ends = positions[length - len(query) : length, None]
+    visible = positions <= ends
+    if window is not None:
+        visible &= positions > ends - window
+    out = F.scaled_dot_product_attention(
+        query.transpose(0, 1).unsqueeze(0),
+        keys.transpose(0, 1).unsqueeze(0),
+        values.transpose(0, 1).unsqueeze(0),
+        attn_mask=visible,
+        scale=scaling,
+        enable_gqa=query.shape[1] != keys.shape[1],
+    )
+    return out[0].transpose(0, 1)

@@ -1,0 +1,116 @@
+// Vectors of 16 floats, whatever the CPU's registers hold, and the model's type T beside them.
+
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+namespace {
+
+constexpr int64_t W = 16;    // floats in a vector
+constexpr int64_t ROWS = 4;  // rows whose sums are held in registers together
+
+typedef float vf __attribute__((vector_size(4 * W)));
+typedef int32_t vi __attribute__((vector_size(4 * W)));
+typedef uint32_t vu __attribute__((vector_size(4 * W)));
+typedef uint16_t vh __attribute__((vector_size(2 * W)));
+
+struct bf16 {
+  uint16_t bits;
+};
+
+#ifdef BFLOAT16
+using T = bf16;
+#else
+using T = float;
+#endif
+
+inline vf splat(float x) { return x - vf{}; }
+
+// Round to nearest even at bit 16, as torch does.
+inline vu half_bits(vf v) {
+  vu u = (vu)v;
+  return u + 0x7fff + ((u >> 16) & 1);
+}
+
+inline vf load(const float* p) {
+  vf v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+inline vf load(const bf16* p) {
+  vh h;
+  std::memcpy(&h, p, sizeof h);
+  return (vf)(__builtin_convertvector(h, vu) << 16);
+}
+inline void store(float* p, vf v) { std::memcpy(p, &v, sizeof v); }
+inline void store(bf16* p, vf v) {
+  vh h = __builtin_convertvector(half_bits(v) >> 16, vh);
+  std::memcpy(p, &h, sizeof h);
+}
+
+// The first n of W numbers; the others read as zero and are not written.
+template <class T>
+inline vf load(const T* p, int64_t n) {
+  if (n >= W) return load(p);
+  T part[W] = {};
+  std::memcpy(part, p, n * sizeof(T));
+  return load(part);
+}
+template <class T>
+inline void store(T* p, vf v, int64_t n) {
+  if (n >= W) return store(p, v);
+  T part[W];
+  store(part, v);
+  std::memcpy(p, part, n * sizeof(T));
+}
+
+inline vf rounded(vf v) {
+#ifdef BFLOAT16
+  return (vf)(half_bits(v) & 0xffff0000u);
+#else
+  return v;
+#endif
+}
+
+inline float sum(vf v) {
+  float s[W];
+  store(s, v);
+  for (int64_t half = W / 2; half; half /= 2)
+    for (int64_t i = 0; i < half; i++) s[i] += s[i + half];
+  return s[0];
+}
+inline float largest(vf v) {
+  float s[W];
+  store(s, v);
+  for (int64_t half = W / 2; half; half /= 2)
+    for (int64_t i = 0; i < half; i++) s[i] = std::max(s[i], s[i + half]);
+  return s[0];
+}
+inline bool any(vi v) {
+  int32_t found = 0;
+  for (int64_t i = 0; i < W; i++) found |= v[i];
+  return found != 0;
+}
+inline vf larger(vf a, vf b) { return a > b ? a : b; }
+inline vf smaller(vf a, vf b) { return a < b ? a : b; }
+
+// e^x to about two units in the last place; below -87 it gives e^-87, close enough to zero.
+inline vf exponential(vf x) {
+  x = smaller(larger(x, splat(-87.f)), splat(88.f));
+  vf scaled = x * 1.44269504f;
+  vi n = __builtin_convertvector(scaled + (scaled < 0 ? splat(-.5f) : splat(.5f)), vi);
+  vf whole = __builtin_convertvector(n, vf);
+  vf r = x - whole * 0.693359375f + whole * 2.12194440e-4f;
+  vf p = splat(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.f;
+  return p * (vf)((n + 127) << 23);
+}
+
+}  // namespace

@@ -1,0 +1,173 @@
+"""Layouts and kernels against their plain implementations."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from lm_workers.adapters import UpdateTargets
+from lm_workers.kv_cache import KVCache
+from lm_workers.layers.compiler import CompileError
+from lm_workers.layers.kernels import HeadNorms
+from lm_workers.layers.native import NATIVE_DTYPES, NativeKernels
+from lm_workers.layers.paged import PagedStep
+from lm_workers.layers.reference import ReferenceKernels
+
+REFERENCE = ReferenceKernels()
+BLOCK = 4
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
+"""Of the largest number: bfloat16 keeps 8 bits."""
+
+
+@pytest.fixture(params=sorted(NATIVE_DTYPES, key=str), ids=str)
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return request.param
+
+
+@pytest.fixture
+def native(dtype: torch.dtype) -> NativeKernels:
+    try:
+        return NativeKernels(dtype, threads=2)
+    except CompileError as error:
+        pytest.skip(f"no compiled kernels: {error}")
+
+
+def normal(*shape: int, dtype: torch.dtype, seed: int = 0, scale: float = 1.0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return (scale * torch.randn(*shape, generator=generator)).to(dtype)
+
+
+def assert_near(found: torch.Tensor, expected: torch.Tensor) -> None:
+    assert found.shape == expected.shape and found.dtype == expected.dtype
+    error = (found.float() - expected.float()).abs().max()
+    assert error <= TOLERANCE[expected.dtype] * expected.float().abs().max()
+
+
+def paged(dtype: torch.dtype, spans: list[tuple[int, int]], heads: int, size: int) -> PagedStep:
+    """A step of spans (new tokens, tokens in all), over scattered blocks of a filled cache."""
+    counts = [-(-length // BLOCK) for _, length in spans]
+    order = torch.randperm(sum(counts), generator=torch.Generator().manual_seed(3)) + 1
+    tables = torch.zeros(len(spans), max(counts), dtype=torch.int64)
+    rows, write, row = [], [], 0
+    for number, (count, (new, length)) in enumerate(zip(counts, spans, strict=True)):
+        tables[number, :count], order = order[:count], order[count:]
+        places = torch.arange(length - new, length)
+        write.append(tables[number, places // BLOCK] * BLOCK + places % BLOCK)
+        rows.append([row, row + new, length])
+        row += new
+    config = LlamaConfig(
+        hidden_size=heads * size,
+        num_hidden_layers=2,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        head_dim=size,
+    )
+    cache = KVCache(config, (1 + sum(counts)) * BLOCK, dtype, "cpu")
+    for layer in range(2):
+        cache.keys[layer].copy_(normal(*cache.keys[layer].shape, dtype=dtype, seed=layer))
+        cache.values[layer].copy_(normal(*cache.values[layer].shape, dtype=dtype, seed=9 + layer))
+    return PagedStep(cache, BLOCK, torch.cat(write), torch.tensor(rows), tables)
+
+
+@pytest.mark.parametrize("size", [8, 64, 576, 1000])
+def test_norms(native: NativeKernels, dtype: torch.dtype, size: int) -> None:
+    x, weight = normal(5, size, dtype=dtype), normal(size, dtype=dtype, seed=1)
+    assert_near(native.rms_norm(x, weight, 1e-5), REFERENCE.rms_norm(x, weight, 1e-5))
+    wide = normal(5, size + 24, dtype=dtype, seed=2)[:, :size]
+    sums = [x.clone(), x.clone()]
+    found = native.add_rms_norm(sums[0], wide, weight, 1e-5)
+    assert_near(found, REFERENCE.add_rms_norm(sums[1], wide, weight, 1e-5))
+    assert torch.equal(*sums)
+
+
+@pytest.mark.parametrize("size", [10, 1536])
+def test_silu_mul(native: NativeKernels, dtype: torch.dtype, size: int) -> None:
+    x = normal(7, 2 * size + 16, dtype=dtype, scale=20)[:, : 2 * size]
+    assert_near(native.silu_mul(x), REFERENCE.silu_mul(x))
+
+
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize(("heads", "kv_heads", "size"), [(9, 3, 64), (4, 2, 8), (6, 6, 40)])
+def test_rotate_and_store(
+    native: NativeKernels, dtype: torch.dtype, heads: int, kv_heads: int, size: int, normed: bool
+) -> None:
+    step = paged(dtype, [(1, 9), (5, 12)], kv_heads, size)
+    other = replace(step, cache=paged(dtype, [(1, 9), (5, 12)], kv_heads, size).cache)
+    qkv = normal(6, (heads + 2 * kv_heads) * size + 8, dtype=dtype)[:, :-8]
+    angles = normal(6, size, dtype=torch.float32, seed=4)
+    rotary = angles.cos().to(dtype), angles.sin().to(dtype)
+    weights = normal(size, dtype=dtype, seed=5), normal(size, dtype=dtype, seed=6)
+    norms = HeadNorms(*weights, 1e-6) if normed else None
+    expected = REFERENCE.rotate_and_store(qkv.clone(), rotary, norms, other, 1)
+    assert_near(native.rotate_and_store(qkv, rotary, norms, step, 1), expected)
+    for found, wanted in zip(
+        [*step.cache.keys, *step.cache.values],
+        [*other.cache.keys, *other.cache.values],
+        strict=True,
+    ):
+        assert_near(found, wanted)
+
+
+SPANS = [(1, 1), (1, 33), (1, 70), (3, 3), (40, 40), (20, 100)]
+
+
+@pytest.mark.parametrize("window", [None, 7])
+@pytest.mark.parametrize(("heads", "kv_heads", "size"), [(9, 3, 64), (4, 2, 8), (4, 4, 40)])
+def test_attention(
+    native: NativeKernels,
+    dtype: torch.dtype,
+    heads: int,
+    kv_heads: int,
+    size: int,
+    window: int | None,
+) -> None:
+    step = paged(dtype, SPANS, kv_heads, size)
+    query = normal(66, heads, size, dtype=dtype, seed=7)
+    found = native.attend(query, step, 0, 0.3, window)
+    assert_near(found, REFERENCE.attend(query, step, 0, 0.3, window))
+
+
+def test_attention_gives_the_same_bits_in_any_chunks(
+    native: NativeKernels, dtype: torch.dtype
+) -> None:
+    whole = paged(dtype, [(90, 90)], 3, 64)
+    query = normal(90, 9, 64, dtype=dtype, seed=7)
+    expected = native.attend(query, whole, 0, 0.125, None)
+    for start, stop in [(0, 1), (0, 40), (40, 57), (57, 90), (89, 90)]:
+        chunk = replace(whole, spans=torch.tensor([[0, stop - start, stop]]))
+        found = native.attend(query[start:stop], chunk, 0, 0.125, None)
+        assert torch.equal(found, expected[start:stop])
+
+
+@pytest.mark.parametrize("rank", [4, 8, 32])
+def test_update(native: NativeKernels, dtype: torch.dtype, rank: int) -> None:
+    targets = UpdateTargets(
+        torch.tensor([[2, 0, 40], [0, 56, 24]]),
+        normal(rank, 64, dtype=dtype, seed=1),
+        normal(2 * rank, 1, dtype=dtype),
+    )
+    cores = normal(4, 3, rank, rank, dtype=dtype, seed=2)
+    slots = torch.tensor([3, 0, 1, 1, 2, 3, 0, 2, 1])
+    wide = normal(9, 80 + 2 * rank, dtype=dtype, seed=3)
+    found, expected = wide.clone(), wide.clone()
+    native.update(found, targets, cores, slots)
+    REFERENCE.update(expected, targets, cores * (torch.arange(4) > 0)[:, None, None, None], slots)
+    assert_near(found, expected)
+    assert torch.equal(found[slots == 0], wide[slots == 0])
+    assert not torch.equal(found[slots == 1, :40], wide[slots == 1, :40])
+    alone = wide[4:5].clone()
+    native.update(alone, targets, cores, slots[4:5])
+    assert torch.equal(alone[0], found[4])
+
+
+@pytest.mark.parametrize("size", [5, 320, 49153])
+def test_argmax(native: NativeKernels, dtype: torch.dtype, size: int) -> None:
+    x = normal(6, size + 3, dtype=dtype)[:, :size]
+    x[0, [1, 3]] = x.max() + 1  # equal ones: the first counts
+    x[1] = -torch.inf
+    x[2, -1] = x.max() + 1
+    x[3] = -1 - x[3].abs()
+    assert torch.equal(native.argmax(x), REFERENCE.argmax(x))

@@ -1,0 +1,80 @@
+"""Weight layouts, groups of linear layers, and the choice between implementations."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from cluster_router.wire.errors import ConfigError
+from lm_workers.layers import compiler
+from lm_workers.layers.choose import choose_kernels, choose_layout
+from lm_workers.layers.linear import LinearGroup, PackedProduct, PlainProduct
+from lm_workers.layers.reference import ReferenceKernels
+
+packs = pytest.mark.skipif(
+    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="no bfloat16 in oneDNN here"
+)
+
+
+@packs
+@torch.inference_mode()
+@pytest.mark.parametrize("shape", [(576, 960), (1536, 576), (32, 64)])
+def test_packed_weights_give_the_same_bits_for_any_number_of_rows(shape: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(shape[1], shape[0]).bfloat16()
+    bias = torch.randn(shape[1]).bfloat16()
+    x = torch.randn(70, shape[0]).bfloat16()
+    plain, packed = PlainProduct(weight, bias), PackedProduct(weight, bias)
+    expected = packed(x)
+    assert torch.equal(expected, plain(x))
+    for rows in (2, 3, 16, 33):
+        assert torch.equal(packed(x[:rows]), expected[:rows])
+
+
+@torch.inference_mode()
+def test_a_group_gives_what_its_members_give() -> None:
+    torch.manual_seed(0)
+    members = [nn.Linear(16, 8), nn.Linear(16, 24, bias=False), Conv1D(4, 16)]
+    group = LinearGroup(members, PlainProduct, None)
+    x = torch.randn(1, 5, 16)
+    expected = torch.cat([member(x) for member in members], -1)
+    torch.testing.assert_close(group(x), expected)
+    torch.testing.assert_close(group(x[0]), expected[0])
+
+
+def test_a_layout_or_kernel_that_cannot_run_is_refused() -> None:
+    with pytest.raises(ConfigError, match="packed"):
+        choose_layout("packed", torch.float32, "cpu")
+    with pytest.raises(ConfigError, match="native"):
+        choose_kernels("native", torch.float16, "cpu")
+    assert choose_layout("plain", torch.bfloat16, "cpu") is PlainProduct
+
+
+def test_without_a_compiler_the_reference_runs_and_the_log_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    compiler.compile_library.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        assert isinstance(choose_kernels("auto", torch.float32, "cpu"), ReferenceKernels)
+    assert "no-such-compiler" in caplog.text
+    compiler.compile_library.cache_clear()
+
+
+def test_a_compiler_that_fails_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    broken = tmp_path / "c++"
+    broken.write_text(
+        "#!/bin/sh\nif [ $1 = --version ]; then exit; fi\necho out of ink >&2\nexit 1\n"
+    )
+    broken.chmod(0o755)
+    monkeypatch.setenv("CXX", str(broken))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    compiler.compile_library.cache_clear()
+    with pytest.raises(compiler.CompileError, match="out of ink"):
+        compiler.compile_library("native.cpp", "FLOAT32")
+    compiler.compile_library.cache_clear()
