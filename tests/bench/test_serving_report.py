@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from serving_bench.plot import plot
 from serving_bench.process import EngineProcessError
 from serving_bench.report import markdown, summarise
 from serving_bench.schedule import Bench, order
-from serving_bench.variants import Variant, variants
+from serving_bench.variants import Variant, interpreter, variants
 from serving_bench.workload import Request, Trace, Workload
 
 
@@ -57,6 +58,15 @@ def test_engines_take_turns() -> None:
     turn = ["chameleon off", "transformers off", "chameleon on, K=1", "peft on, K=1"]
     turn.append("chameleon on, K=1000")  # too many for PEFT
     assert cells == [(name, 0) for name in turn] + [(name, 1) for name in turn]
+
+
+def test_an_environment_named_from_here_is_found_from_anywhere(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "env").mkdir()
+    (tmp_path / "env/python").symlink_to(sys.executable)
+    assert interpreter("vllm", {"vllm": "env/python"}) == str(tmp_path / "env/python")
+    assert interpreter("peft", {"vllm": "env/python", "peft": None}) == sys.executable
+    assert interpreter("vllm", {"vllm": "none/python"}) == "none/python"
 
 
 class FakeProcess:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,5 +112,11 @@ class Inputs:
 
 
 def interpreter(engine: str, named: dict[str, str | None]) -> str:
-    """The Python that runs an engine: the one named for it, else this one."""
-    return named.get(engine) or sys.executable
+    """The Python that runs an engine: the one named for it, else this one.
+
+    Absolute, since engines run in another folder; not resolved, since a link belongs to its
+    environment.
+    """
+    python = named.get(engine) or sys.executable
+    found = shutil.which(python)
+    return python if found is None else str(Path(found).absolute())
