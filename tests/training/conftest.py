@@ -84,7 +84,7 @@ def settings(tiny_llama: Path) -> TrainSettings:
                 "test_documents": 12,
             },
             "clusters": {"count": 4},
-            "hypernetwork": {"width": 16},
+            "hypernetwork": {"kind": "core", "width": 16},
             "static": {**stage, "learning_rate": 0.05},
             "hyper": {**stage, "learning_rate": 0.02, "episodes": 4, "clusters": [2, 6]},
         }
