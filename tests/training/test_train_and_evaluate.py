@@ -24,7 +24,6 @@ from training.evaluation.settings import EvaluateSettings
 from training.jobs import TrainJob
 from training.runtime import InProcess
 
-
 CHEAP = EvaluateSettings.model_validate(
     {
         "documents": 12,
