@@ -187,4 +187,5 @@ def collect(request: TokenizedRequest, chunks: Sequence[TokenChunk]) -> Generate
         logprobs=tuple(logprobs),
         prompt_logprobs=chunks[0].prompt_logprobs,
         stop_reason=last.stop_reason,
+        cached_tokens=chunks[0].cached_tokens,
     )

@@ -36,6 +36,8 @@ class Choice:
     Attributes:
         tells_adaptation: whether the choice carries its own `adaptation`, because the request has
             several prompts.
+        is_sample: whether an earlier choice answers the same prompt.
+        cached_tokens: prompt tokens that the worker did not have to compute.
         completion_tokens: tokens seen so far.
         finished: a finish reason has been seen.
     """
@@ -44,6 +46,8 @@ class Choice:
     request: TokenizedRequest
     layout: Layout
     tells_adaptation: bool = False
+    is_sample: bool = False
+    cached_tokens: int = 0
     completion_tokens: int = 0
     finished: bool = False
     adaptation: dict[str, Any] = field(init=False)
@@ -60,6 +64,7 @@ class Choice:
         if chunk.finish_reason == "abort":
             raise UnavailableError("The server stopped this answer before its end; send it again.")
         self.completion_tokens += len(chunk.tokens)
+        self.cached_tokens += chunk.cached_tokens
         self.finished = chunk.finish_reason is not None
 
     def check_finished(self) -> None:
@@ -103,6 +108,7 @@ def _joined(chunks: Sequence[TokenChunk]) -> TokenChunk:
         prompt_logprobs=first.prompt_logprobs,
         finish_reason=last.finish_reason,
         stop_reason=last.stop_reason,
+        cached_tokens=first.cached_tokens,
     )
 
 
@@ -133,13 +139,15 @@ class Answer:
             "adaptation": choice.adaptation,
         }
 
-    def usage(self) -> dict[str, int]:
+    def usage(self) -> dict[str, Any]:
         """Token counts up to now."""
         completion = sum(choice.completion_tokens for choice in self.choices)
+        cached = sum(choice.cached_tokens for choice in self.choices if not choice.is_sample)
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": completion,
             "total_tokens": self.prompt_tokens + completion,
+            "prompt_tokens_details": {"cached_tokens": cached},
         }
 
     def whole(self, chunks: Iterable[tuple[int, TokenChunk]]) -> dict[str, Any]:

@@ -179,7 +179,8 @@ def _answer(
         for sample in range(n):
             index = len(choices)
             numbered = _sample(request, f"{id}-{index}", sample)
-            choices.append(Choice(index, numbered, layout(), tells_adaptation=len(prepared) > 1))
+            several = len(prepared) > 1
+            choices.append(Choice(index, numbered, layout(), several, is_sample=sample > 0))
     prompt_tokens = sum(len(request.prompt_tokens) for request in prepared)
     return Answer(id, service.model.name, kinds, choices, prompt_tokens)
 

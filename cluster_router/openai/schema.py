@@ -19,12 +19,19 @@ class AdaptationInfo(TypedDict):
     snapshot_version: int
 
 
+class PromptTokensDetails(TypedDict):
+    """`cached_tokens` of the prompt did not have to be computed again."""
+
+    cached_tokens: int
+
+
 class Usage(TypedDict):
     """Token counts."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
 
 
 class CompletionLogprobs(TypedDict):

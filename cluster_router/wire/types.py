@@ -150,7 +150,8 @@ class TokenChunk:
 
     A stream is: chunks with new text, of which the last has `finish_reason` set. `tokens` and
     `logprobs` belong to `text`, but text that could still become a stop string is held back, so
-    tokens may arrive ahead of their text. `prompt_logprobs` comes once, on the first chunk.
+    tokens may arrive ahead of their text. `prompt_logprobs` and `cached_tokens` (prompt tokens that
+    a prefix cache held) come once, on the first chunk.
     """
 
     request_id: str
@@ -160,6 +161,7 @@ class TokenChunk:
     prompt_logprobs: tuple[TokenLogprob, ...] | None = None
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
+    cached_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,6 +203,7 @@ class GenerateResult:
     logprobs: tuple[TokenLogprob, ...] = ()
     prompt_logprobs: tuple[TokenLogprob, ...] | None = None
     stop_reason: str | int | None = None
+    cached_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,6 +47,7 @@ class ScriptedWorker:
         open: how many of its streams have not been closed.
         refusal: raised before the first chunk. failure: raised after `fails_after` chunks.
         stalls_after: chunks after which it never goes on.
+        cached_tokens: what it says of every prompt.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -58,6 +59,7 @@ class ScriptedWorker:
         self.fails_after = 1
         self.stalls_after: int | None = None
         self.last_reason = "length"
+        self.cached_tokens = 0
 
     def letter(self, offset: int) -> int:
         return int(self.tokenizer.convert_tokens_to_ids(chr(ord("a") + offset % 26)))
@@ -112,6 +114,7 @@ class ScriptedWorker:
                 else (self.entry(token, -0.5, sampling.logprobs),),
                 prompt_logprobs=prompt if place == 0 else None,
                 finish_reason=self.last_reason if last else None,
+                cached_tokens=0 if place else self.cached_tokens,
             )
 
 

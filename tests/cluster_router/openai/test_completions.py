@@ -24,6 +24,20 @@ async def test_a_completion_through_the_official_client(client: AsyncOpenAI, wor
     assert worker.open == 0
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_cached_prompt_tokens_count_once_for_each_prompt(
+    client: AsyncOpenAI, worker: Any, stream: bool
+) -> None:
+    worker.cached_tokens = 2
+    fields: dict[str, Any] = {"prompt": ["xxx", "yyyy"], "n": 3, "max_tokens": 4}
+    if stream:
+        options = {"stream": True, "stream_options": {"include_usage": True}}
+        usage = [event async for event in await complete(client, **fields, **options)][-1].usage
+    else:
+        usage = (await complete(client, **fields)).usage
+    assert (usage.prompt_tokens, usage.prompt_tokens_details.cached_tokens) == (7, 4)
+
+
 async def test_every_answer_says_what_adapted_it(client: AsyncOpenAI) -> None:
     answer = await complete(client, max_tokens=1)
     assert answer.adaptation["mode"] == "cluster"
