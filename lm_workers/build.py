@@ -17,6 +17,7 @@ from lm_workers.engine import Engine
 from lm_workers.kv_cache import BlockPool, KVCache, bytes_per_token
 from lm_workers.layers.choose import choose_kernels, choose_layout
 from lm_workers.models import describe_model, load_causal_lm, load_tokenizer, resolve_dtype
+from lm_workers.prefix_cache import PrefixCache
 from lm_workers.runner import ModelRunner
 from lm_workers.sampler import Sampler
 from lm_workers.scheduler import Scheduler
@@ -46,7 +47,9 @@ def build_engine(
     info = describe_model(path, str(path))
     model = load_causal_lm(path, dtype, device)
     max_context = min(config.max_context or info.context_length, info.context_length)
-    pool = BlockPool(_num_blocks(config, model.config, dtype, device), config.block_size)
+    prefixes = PrefixCache() if config.prefix_cache else None
+    num_blocks = _num_blocks(config, model.config, dtype, device)
+    pool = BlockPool(num_blocks, config.block_size, prefixes)
     if pool.capacity < max_context:
         raise ConfigError(
             f"kv_cache_tokens holds {pool.capacity} tokens, less than one context of "

@@ -18,12 +18,14 @@ class EngineConfig(BaseModel):
         device: `auto` takes CUDA where there is one.
         dtype: `auto` is bfloat16 where the device computes in it natively, else float32.
         max_sequences: requests that run at the same time; more wait in their cluster's queue.
-        max_batch_tokens: tokens in one step. Bounds how long a long prompt can hold up the
-            streams that are running: prompts are prefilled in chunks that fit beside them.
+        max_batch_tokens: tokens in one step.
+        prefill_chunk: prompt tokens in one step while streams are running. Bounds how long a long
+            prompt can hold them up.
         max_context: longest prompt plus output; None is the model's own limit.
         block_size: tokens in one block of the KV cache.
         kv_cache_tokens: size of the KV cache; None is 1 GiB worth on a CPU and four fifths of the
             memory left on a GPU.
+        prefix_cache: keep the keys and values of finished texts for texts that begin alike.
         max_adapters: updates resident on the device; the least recently used makes room.
         max_wait_s: a request that has waited this long goes before every warm cluster.
         max_queued: requests waiting before new ones are refused.
@@ -40,9 +42,11 @@ class EngineConfig(BaseModel):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     max_sequences: PositiveInt = 32
     max_batch_tokens: PositiveInt = 512
+    prefill_chunk: PositiveInt = 64
     max_context: PositiveInt | None = None
     block_size: PositiveInt = 16
     kv_cache_tokens: PositiveInt | None = None
+    prefix_cache: bool = True
     max_adapters: PositiveInt = 64
     max_wait_s: Annotated[float, Field(ge=0)] = 0.5
     max_queued: PositiveInt = 256

@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
@@ -16,6 +17,31 @@ from lm_workers.runner import ModelRunner, StepOutput, scored_rows
 from lm_workers.sampler import Sampled, Sampler, score
 from lm_workers.scheduler import Scheduler
 from lm_workers.sequence import Batch, Sequence, Span
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """What an engine does now and has done.
+
+    Attributes:
+        running, waiting: requests.
+        prompt_tokens: of all requests admitted so far.
+        cached_tokens: those of them that the prefix cache held.
+        preemptions: how often a request had to make room and start over.
+        kv_free: share of the KV cache that no running request uses.
+    """
+
+    running: int
+    waiting: int
+    prompt_tokens: int
+    cached_tokens: int
+    preemptions: int
+    kv_free: float
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of prompt tokens that did not have to be computed."""
+        return self.cached_tokens / max(1, self.prompt_tokens)
 
 
 class Engine:
@@ -62,6 +88,19 @@ class Engine:
     def num_waiting(self) -> int:
         """Requests in the queues."""
         return self._scheduler.num_waiting
+
+    @property
+    def stats(self) -> EngineStats:
+        """Counts since the start."""
+        scheduler = self._scheduler
+        return EngineStats(
+            running=self.num_running,
+            waiting=self.num_waiting,
+            prompt_tokens=scheduler.prompt_tokens,
+            cached_tokens=scheduler.cached_tokens,
+            preemptions=scheduler.preemptions,
+            kv_free=scheduler.kv_free,
+        )
 
     def add(self, request: TokenizedRequest, delta: LoraDelta | None) -> None:
         """Queue a request under the update `delta` (None: unadapted), which it keeps to its end.
@@ -150,7 +189,7 @@ class Engine:
         sampling, rows, chunks = [], [], []
         for span, offset in zip(batch.spans, output.offsets, strict=True):
             sequence = span.sequence
-            sequence.computed = span.stop
+            self._scheduler.complete(span)
             if span.samples:
                 sampling.append(sequence)
                 rows.append(offset + span.length - 1)
@@ -198,13 +237,15 @@ class Engine:
         tokens: tuple[int, ...],
         logprobs: tuple[TokenLogprob, ...],
     ) -> TokenChunk:
-        first = sequence.num_outputs <= 1 and sequence.sampling.prompt_logprobs is not None
+        first = sequence.num_outputs <= 1
+        scored = first and sequence.sampling.prompt_logprobs is not None
         return TokenChunk(
             request_id=sequence.request_id,
             text=text,
             tokens=tokens,
             logprobs=logprobs,
-            prompt_logprobs=tuple(sequence.prompt_logprobs) if first else None,
+            prompt_logprobs=tuple(sequence.prompt_logprobs) if scored else None,
+            cached_tokens=(sequence.cached_tokens or 0) if first else 0,
             finish_reason=sequence.finish_reason,
             stop_reason=sequence.stop_reason,
         )

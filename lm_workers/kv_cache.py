@@ -1,27 +1,42 @@
-"""Paged KV cache: blocks of tokens, owned by sequences, and the tensors behind them."""
+"""Paged KV cache: blocks of tokens, used by sequences, and the tensors behind them."""
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict
+from collections.abc import Iterable
+from itertools import chain
 
 import torch
 from transformers import PretrainedConfig
 
+from lm_workers.prefix_cache import PrefixCache
+
 
 class BlockPool:
-    """Hands out block numbers. Knows nothing of tensors.
+    """Hands out block numbers and counts who uses them. Knows nothing of tensors.
 
     Block 0 is never handed out: it is where rows that only pad a batch read and write.
+    A block that nobody uses keeps what it holds until it is handed out again, and those with a
+    known prefix are handed out last, least recently used first.
+
+    Args:
+        num_blocks: including block 0.
+        block_size: tokens in a block.
+        prefixes: learns which blocks lose what they hold; None shares nothing.
     """
 
-    def __init__(self, num_blocks: int, block_size: int) -> None:
+    def __init__(
+        self, num_blocks: int, block_size: int, prefixes: PrefixCache | None = None
+    ) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
-        self._free: deque[int] = deque(range(1, num_blocks))
+        self.prefixes = prefixes
+        self._users = [0] * num_blocks
+        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(1, num_blocks))
 
     @property
     def free(self) -> int:
-        """Blocks nobody owns."""
+        """Blocks nobody uses."""
         return len(self._free)
 
     @property
@@ -33,6 +48,10 @@ class BlockPool:
         """Blocks that `tokens` tokens need."""
         return -(-tokens // self.block_size)
 
+    def free_without(self, blocks: Iterable[int]) -> int:
+        """Blocks that would be free if `blocks` were in use."""
+        return len(self._free) - sum(block in self._free for block in blocks)
+
     def can_extend(self, blocks: list[int], tokens: int) -> bool:
         """Whether `blocks` can grow to hold `tokens` tokens."""
         return self.blocks_for(tokens) - len(blocks) <= len(self._free)
@@ -40,17 +59,37 @@ class BlockPool:
     def extend(self, blocks: list[int], tokens: int) -> None:
         """Grow `blocks` in place to hold `tokens` tokens. Ask `can_extend` first."""
         while len(blocks) * self.block_size < tokens:
-            blocks.append(self._free.popleft())
+            block, _ = self._free.popitem(last=False)
+            if self.prefixes is not None:
+                self.prefixes.forget(block)
+            self._users[block] = 1
+            blocks.append(block)
+
+    def share(self, blocks: Iterable[int]) -> None:
+        """Count one more user of each of `blocks`, which hold something worth keeping."""
+        for block in blocks:
+            self._users[block] += 1
+            self._free.pop(block, None)
 
     def release(self, blocks: list[int]) -> None:
-        """Take all of `blocks` back and empty the list."""
-        self._free.extend(blocks)
+        """Count one user less of each of `blocks` and empty the list."""
+        # From the end: what a prefix ends with is of use to fewer than what it begins with.
+        for block in reversed(blocks):
+            self._users[block] -= 1
+            if not self._users[block]:
+                self._free[block] = None
+                if self.prefixes is None or block not in self.prefixes:
+                    self._free.move_to_end(block, last=False)
         blocks.clear()
 
-    def check_integrity(self, owned: list[list[int]]) -> None:
-        """Assert that every block is free or owned exactly once."""
-        seen = sorted([*self._free, *(block for blocks in owned for block in blocks)])
-        assert seen == list(range(1, self.num_blocks)), "KV blocks lost or owned twice"
+    def check_integrity(self, owned: Iterable[list[int]]) -> None:
+        """Assert that `owned` is exactly who uses what, and that the rest is free."""
+        users = [0] * self.num_blocks
+        for block in chain.from_iterable(owned):
+            users[block] += 1
+        assert users == self._users, "KV blocks lost or counted wrongly"
+        unused = {block for block in range(1, self.num_blocks) if not users[block]}
+        assert unused == self._free.keys(), "KV blocks in use and free at once, or neither"
 
 
 class KVCache:

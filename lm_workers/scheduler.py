@@ -1,20 +1,29 @@
 """Which tokens the next step computes.
 
-Running sequences come first, one token each, so that no stream stalls; what is left of the step's
-token budget goes to prompts. Waiting requests are queued by cluster. Clusters whose update is
-resident go first, because a cold one costs a load and may push out a warm one; but a request that
-has waited `max_wait_s` goes before them all, and nothing is admitted past it.
+Running sequences come first, one token each; prompts get what is left of the step's token budget,
+or only `prefill_chunk` of it, so that no stream stalls beside a long prompt. The prompt that runs
+longest gets half of that, so that it comes to its end; the rest goes to prompts that it completes,
+then to new ones, so that a short prompt need not wait for a long one.
+
+Waiting requests are queued by cluster. Clusters whose update is resident go first, because a cold
+one costs a load and may push out a warm one; but a request that has waited `max_wait_s` goes
+before them all, and nothing is admitted past it.
+
+When the KV cache is full the youngest sequence makes room and waits again. It computes again what
+the prefix cache has lost of it by then.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict, deque
 from collections.abc import Iterator
+from itertools import chain
 
 from cluster_router.wire.errors import OverloadedError
 from lm_workers.adapters import OFF, AdapterBank
 from lm_workers.config import EngineConfig
 from lm_workers.kv_cache import BlockPool
+from lm_workers.prefix_cache import extend_keys
 from lm_workers.sequence import Batch, Sequence, Span, Status
 
 
@@ -31,6 +40,10 @@ class Scheduler:
         self._config, self._pool, self._bank = config, pool, bank
         self.running: list[Sequence] = []
         self.queues: OrderedDict[str, deque[Sequence]] = OrderedDict()
+        self.prompt_tokens, self.cached_tokens, self.preemptions = 0, 0, 0
+        self._plan: dict[Sequence, int] = {}
+        # Keys and values depend on the update only where it reaches below the head.
+        self._keyed_by_update = bank is not None and bank.spec.depth == "full"
 
     @property
     def num_waiting(self) -> int:
@@ -41,6 +54,11 @@ class Scheduler:
     def has_work(self) -> bool:
         """Whether a step would do anything."""
         return bool(self.running or self.queues)
+
+    @property
+    def kv_free(self) -> float:
+        """Share of the KV blocks that no running sequence uses."""
+        return self._pool.free / (self._pool.num_blocks - 1)
 
     def add(self, sequence: Sequence) -> None:
         """Queue a new sequence.
@@ -63,47 +81,79 @@ class Scheduler:
 
     def schedule(self, now: float) -> Batch:
         """Choose the next step's spans; empty when there is nothing to do."""
-        spans: list[Span] = []
-        budget = self._config.max_batch_tokens
-        for sequence in sorted(self.running, key=lambda one: one.pending > 1):
-            if sequence.status is not Status.RUNNING:
-                continue  # preempted by one before it
-            length = min(sequence.pending, budget)
-            if length and self._make_room(sequence, length, spans):
-                spans.append(self._span(sequence, length))
-                budget -= length
-        while budget and len(self.running) < self._config.max_sequences:
-            admitted = self._admit(now, budget)
-            if admitted is None:
-                break
-            spans.append(admitted)
-            budget -= admitted.length
+        self._plan = {}
+        room, admits = self._config.max_batch_tokens, self.num_waiting
+        for sequence in [one for one in self.running if one.pending == 1]:
+            room -= self._compute(sequence, room)
+        if self._plan:
+            room = min(room, self._config.prefill_chunk)
+        prompts = [one for one in self.running if one.pending > 1]
+        for sequence in prompts[:1]:
+            room -= self._compute(sequence, -(-room // 2))
+        for sequence in sorted(prompts[1:], key=lambda one: one.pending):
+            if sequence.pending <= room:
+                room -= self._compute(sequence, room)
+        # A sequence that just made room must not take it again.
+        if self.num_waiting <= admits:
+            room = self._admit_all(now, room)
+        for sequence in prompts:
+            room -= self._compute(sequence, room)
+        spans = [
+            Span(one, one.computed, one.computed + length) for one, length in self._plan.items()
+        ]
         return Batch(tuple(sorted(spans, key=lambda span: span.length > 1)))
+
+    def complete(self, span: Span) -> None:
+        """The tokens of `span` are computed: others may use their full blocks from now on."""
+        sequence, size = span.sequence, self._pool.block_size
+        sequence.computed = span.stop
+        if self._pool.prefixes is not None:
+            self._extend_keys(sequence)
+            for index in range(span.start // size, span.stop // size):
+                self._pool.prefixes.insert(sequence.prefix_keys[index], sequence.blocks[index])
 
     def check_integrity(self) -> None:
         """Assert that blocks, slots and queues agree with the sequences."""
-        self._pool.check_integrity([sequence.blocks for sequence in self.running])
+        self._pool.check_integrity(sequence.blocks for sequence in self.running)
+        if self._pool.prefixes is not None:
+            held = (zip(one.prefix_keys, one.blocks, strict=False) for one in self.running)
+            self._pool.prefixes.check_integrity(list(chain.from_iterable(held)))
+            for one in self.running:
+                rest = one.blocks[one.computed // self._pool.block_size :]
+                assert not any(block in self._pool.prefixes for block in rest), "known too early"
         if self._bank is not None:
             slots = [sequence.slot for sequence in self.running]
             self._bank.check_integrity([slot for slot in slots if slot is not None])
-        assert all(sequence.status is Status.RUNNING for sequence in self.running)
+        for sequence in self.running:
+            assert sequence.status is Status.RUNNING
+            assert sequence.computed <= len(sequence.blocks) * self._pool.block_size
         for name, queue in self.queues.items():
             assert queue, "an empty queue is kept"
+            arrivals = [sequence.arrival for sequence in queue]
+            assert arrivals == sorted(arrivals), "a queue is out of order"
             for sequence in queue:
                 assert sequence.status is Status.WAITING and sequence.queue == name
                 assert not sequence.blocks and sequence.slot is None and not sequence.computed
 
-    def _span(self, sequence: Sequence, length: int) -> Span:
-        stop = sequence.computed + length
+    def _compute(self, sequence: Sequence, room: int) -> int:
+        """Plan up to `room` more tokens of a sequence in this step; returns how many."""
+        planned = self._plan.get(sequence, 0)
+        length = min(sequence.pending - planned, room)
+        if length <= 0 or sequence.status is not Status.RUNNING:
+            return 0  # nothing to do, or preempted by one before it
+        stop = sequence.computed + planned + length
+        if not self._make_room(sequence, stop):
+            return 0
         self._pool.extend(sequence.blocks, stop)
-        return Span(sequence, sequence.computed, stop)
+        self._plan[sequence] = planned + length
+        return length
 
-    def _make_room(self, sequence: Sequence, length: int, spans: list[Span]) -> bool:
+    def _make_room(self, sequence: Sequence, stop: int) -> bool:
         """Preempt the youngest until `sequence` can grow; False if it was preempted itself."""
-        while not self._pool.can_extend(sequence.blocks, sequence.computed + length):
+        while not self._pool.can_extend(sequence.blocks, stop):
             youngest = max(self.running, key=lambda one: one.arrival)
             self._preempt(youngest)
-            spans[:] = [span for span in spans if span.sequence is not youngest]
+            self._plan.pop(youngest, None)
             if youngest is sequence:
                 return False
         return True
@@ -113,6 +163,7 @@ class Scheduler:
         self._give_back(sequence)
         sequence.computed = 0
         sequence.preemptions += 1
+        self.preemptions += 1
         sequence.status = Status.WAITING
         self._queue(sequence).appendleft(sequence)
 
@@ -122,18 +173,51 @@ class Scheduler:
             self._bank.release(sequence.slot)
         sequence.slot = None
 
-    def _admit(self, now: float, budget: int) -> Span | None:
+    def _admit_all(self, now: float, room: int) -> int:
+        """Start waiting sequences until `room` tokens are planned; returns what is left."""
+        while room and len(self.running) < self._config.max_sequences:
+            sequence = self._admit(now)
+            if sequence is None:
+                break
+            room -= self._compute(sequence, room)
+        return room
+
+    def _admit(self, now: float) -> Sequence | None:
+        """Start the first waiting sequence that may, and return it."""
         for sequence in self._candidates(now):
             overdue = now - sequence.arrival >= self._config.max_wait_s
-            if self._can_start(sequence):
-                self._remove_waiting(sequence)
-                sequence.slot = OFF if self._bank is None else self._bank.acquire(sequence.delta)
-                sequence.status = Status.RUNNING
-                self.running.append(sequence)
-                return self._span(sequence, min(sequence.pending, budget))
+            cached = self._cached_blocks(sequence)
+            if self._can_start(sequence, cached):
+                self._start(sequence, cached)
+                return sequence
             if overdue:
                 return None
         return None
+
+    def _start(self, sequence: Sequence, cached: list[int]) -> None:
+        self._remove_waiting(sequence)
+        sequence.slot = OFF if self._bank is None else self._bank.acquire(sequence.delta)
+        sequence.status = Status.RUNNING
+        self._pool.share(cached)
+        sequence.blocks = cached
+        sequence.computed = len(cached) * self._pool.block_size
+        if sequence.cached_tokens is None:
+            sequence.cached_tokens = sequence.computed
+            self.prompt_tokens += sequence.prompt_length
+            self.cached_tokens += sequence.computed
+        self.running.append(sequence)
+
+    def _cached_blocks(self, sequence: Sequence) -> list[int]:
+        """Blocks that already hold the beginning of a sequence, as far as it may reuse them."""
+        if self._pool.prefixes is None:
+            return []
+        self._extend_keys(sequence)
+        usable = sequence.reusable // self._pool.block_size
+        return self._pool.prefixes.find(sequence.prefix_keys[:usable])
+
+    def _extend_keys(self, sequence: Sequence) -> None:
+        salt = sequence.queue if self._keyed_by_update else ""
+        extend_keys(sequence.prefix_keys, sequence.tokens, self._pool.block_size, salt)
 
     def _candidates(self, now: float) -> Iterator[Sequence]:
         """Heads of the queues: overdue by arrival, then warm by arrival, then cold by arrival."""
@@ -147,10 +231,18 @@ class Scheduler:
 
         return iter(sorted(heads, key=rank))
 
-    def _can_start(self, sequence: Sequence) -> bool:
-        """Whether its tokens fit now with a block to spare, and its update has a slot."""
-        need = min(len(sequence.tokens) + self._pool.block_size, sequence.max_length)
-        if not self._pool.can_extend([], need):
+    def _can_start(self, sequence: Sequence, cached: list[int]) -> bool:
+        """Whether it fits with a block to spare, and its update has a slot.
+
+        Room that running prompts will need is not free: two long prompts that fit only one by
+        one must not start together.
+        """
+        pool = self._pool
+        promised = sum(
+            max(0, pool.blocks_for(len(one.tokens)) - len(one.blocks)) for one in self.running
+        )
+        need = min(len(sequence.tokens) + pool.block_size, sequence.max_length)
+        if pool.blocks_for(need) - len(cached) > pool.free_without(cached) - promised:
             return False
         return self._bank is None or self._bank.can_acquire(sequence.delta)
 

@@ -27,6 +27,7 @@ class Sequence:
     simply has nothing computed.
 
     The update is pinned here at admission: `delta` never changes, None runs unadapted.
+    `cached_tokens` is what the prefix cache held of the prompt; None before the first admission.
     """
 
     def __init__(
@@ -49,6 +50,8 @@ class Sequence:
         self.prompt_length = len(prompt)
         self.computed = 0
         self.blocks: list[int] = []
+        self.prefix_keys: list[bytes] = []
+        self.cached_tokens: int | None = None
         self.slot: int | None = None
         self.status = Status.WAITING
         self.finish_reason: FinishReason | None = None
@@ -80,6 +83,13 @@ class Sequence:
     def max_length(self) -> int:
         """Prompt plus everything it may generate."""
         return self.prompt_length + self.sampling.max_tokens
+
+    @property
+    def reusable(self) -> int:
+        """Tokens that may come from a cache: all whose logits nobody needs any more."""
+        if self.wants_prompt_logprobs:
+            return max(0, len(self.prompt_logprobs) - 1)
+        return len(self.tokens) - 1
 
     @property
     def wants_prompt_logprobs(self) -> bool:

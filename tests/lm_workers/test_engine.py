@@ -28,7 +28,12 @@ from lm_workers.models import load_causal_lm
 
 DEPTHS: tuple[Depth, ...] = ("head", "full", "paper")
 SMALL = EngineConfig(
-    dtype="float32", max_sequences=4, max_batch_tokens=24, block_size=4, cpu_threads=1
+    dtype="float32",
+    max_sequences=4,
+    max_batch_tokens=24,
+    block_size=4,
+    kv_cache_tokens=1024,
+    cpu_threads=1,
 )
 NAMES = (f"r{number}" for number in range(10**9))
 

@@ -55,7 +55,7 @@ def run(one: Scheduler, now: float) -> list[tuple[str, int]]:
 def advance(one: Scheduler, batch: Batch) -> list[Sequence]:
     finished = []
     for span in batch.spans:
-        span.sequence.computed = span.stop
+        one.complete(span)
         if span.samples:
             span.sequence.tokens.append(0)
             if span.sequence.num_outputs == span.sequence.sampling.max_tokens:
