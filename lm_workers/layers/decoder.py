@@ -47,10 +47,11 @@ class DecoderLayer(nn.Module):
         self._head_norms = _head_norms(attention)
         self._norm, self._norm_eps = _norm(layer.input_layernorm)
         self._post_norm, self._post_eps = _norm(layer.post_attention_layernorm)
-        self._qkv = group([f"self_attn.{name}_proj" for name in "qkv"])
-        self._out = group(["self_attn.o_proj"])
-        self._gate_up = group(["mlp.gate_proj", "mlp.up_proj"])
-        self._down = group(["mlp.down_proj"])
+        # Not registered with torch, whose lookups and calls take longer than small products.
+        self._qkv = group([f"self_attn.{name}_proj" for name in "qkv"]).forward
+        self._out = group(["self_attn.o_proj"]).forward
+        self._gate_up = group(["mlp.gate_proj", "mlp.up_proj"]).forward
+        self._down = group(["mlp.down_proj"]).forward
 
     def forward(
         self,
@@ -80,7 +81,7 @@ class DecoderLayer(nn.Module):
 
 
 def _norm(module: Any) -> tuple[torch.Tensor, float]:
-    return module.weight, float(module.variance_epsilon)
+    return module.weight.data, float(module.variance_epsilon)
 
 
 def _head_norms(attention: Any) -> HeadNorms | None:

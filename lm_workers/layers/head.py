@@ -42,9 +42,8 @@ class AdaptedHead:
         if self._targets is None:
             return self._paper_logits(hidden, slots, self._bank)
         shifted = hidden + self._bank.shifts[slots]
-        wide = torch.cat([shifted, F.linear(hidden, self._targets.v)], 1)
-        self._kernels.update(wide, self._targets, self._bank.cores, slots)
-        return self._logits(wide[:, : hidden.shape[1]])
+        self._kernels.update(shifted, hidden, self._targets, self._bank.cores, slots)
+        return self._logits(shifted)
 
     def _paper_logits(
         self, hidden: torch.Tensor, slots: torch.Tensor, bank: AdapterBank

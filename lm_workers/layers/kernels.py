@@ -76,12 +76,18 @@ class Kernels(Protocol):
         ...
 
     def update(
-        self, wide: torch.Tensor, targets: UpdateTargets, cores: torch.Tensor, slots: torch.Tensor
+        self,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        targets: UpdateTargets,
+        cores: torch.Tensor,
+        slots: torch.Tensor,
     ) -> None:
-        """Add U core (V x) of each row's own cores to the outputs, in place.
+        """Add U core V x, with each row's own cores, to the outputs y in place.
 
         Args:
-            wide: [T, out + G * r]: the group's outputs, then V x of its sites.
+            y: [T, out], the group's outputs side by side.
+            x: [T, in], their input.
             cores: [slots, sites, r, r].
             slots: int64 [T]. Rows in slot 0 stay as they are.
         """

@@ -64,20 +64,17 @@ class RowUpdate:
     def __init__(
         self, bank: AdapterBank, rows: RowSlots, kernels: Kernels, targets: UpdateTargets
     ) -> None:
-        self.v = targets.v
         self._bank, self._rows, self._kernels, self._targets = bank, rows, kernels, targets
 
-    def apply(self, wide: torch.Tensor) -> None:
-        """wide [T, out + G * r]: the outputs, which change in place, then V x."""
+    def apply(self, y: torch.Tensor, x: torch.Tensor) -> None:
+        """Change the outputs y [T, out] of x [T, in] in place."""
         slots = self._rows.tokens
         if slots is not None:
-            self._kernels.update(wide, self._targets, self._bank.cores, slots)
+            self._kernels.update(y, x, self._targets, self._bank.cores, slots)
 
 
 class LinearGroup(nn.Module):
     """Linear layers that read the same input, computed as one, with each row's update.
-
-    V of the update is stacked under the weights, so that one product gives W x and V x.
 
     Args:
         members: `nn.Linear` or `Conv1D`.
@@ -93,22 +90,17 @@ class LinearGroup(nn.Module):
     ) -> None:
         super().__init__()
         weights = [weight_of(member) for member in members]
-        biases: list[object] = [member.bias for member in members]
-        self._columns = sum(len(weight) for weight in weights)
         self._update = update
-        if update is not None:
-            weights.append(update.v)
-            biases.append(None)
         # A lone weight stays where it is: it may be the embedding's.
         weight = torch.cat(weights) if len(weights) > 1 else weights[0]
-        self._product = layout(weight, _stacked_bias(weights, biases))
+        self._product = layout(weight, _stacked_bias(weights, [one.bias for one in members]))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in] -> [..., out], the members' outputs side by side."""
-        y = self._product(x.reshape(-1, x.shape[-1]))
+        rows = x.reshape(-1, x.shape[-1])
+        y = self._product(rows)
         if self._update is not None:
-            self._update.apply(y)
-            y = y[:, : self._columns]
+            self._update.apply(y, rows)
         return y if x.dim() == 2 else y.unflatten(0, x.shape[:-1])
 
 

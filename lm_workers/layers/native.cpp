@@ -41,28 +41,40 @@ void rotate(const T* x, const T* cosine, const T* sine, int64_t size, T* out) {
   }
 }
 
-// y[rows] += U core z for 4 rows and one site. `ut` is U transposed, [rank, width of the group].
-void update_tile(T* y, int64_t stride, int64_t rows, const T* z, const T* cores,
-                 int64_t cores_stride, const int64_t* slots, const T* ut, int64_t ut_stride,
-                 int64_t rank, int64_t width) {
-  std::vector<float> inner(ROWS * rank);
+// y += U core V x of one site, for up to 4 rows. `ut` is U transposed, [rank, ut_stride].
+void update_tile(T* y, int64_t y_stride, const T* x, int64_t x_stride, int64_t size, int64_t rows,
+                 const T* cores, int64_t cores_stride, const int64_t* slots, const T* ut,
+                 int64_t ut_stride, const T* v, int64_t rank, int64_t width) {
+  std::vector<float> low(ROWS * rank), inner(ROWS * rank);
+  const T* from[ROWS];
+  for (int64_t r = 0; r < ROWS; r++) from[r] = x + std::min(r, rows - 1) * x_stride;
+  for (int64_t j = 0; j < rank; j++, v += size) {
+    vf acc[ROWS] = {};
+    for (int64_t i = 0; i < size; i += W) {
+      vf weight = load(v + i, size - i);
+      for (int64_t r = 0; r < ROWS; r++) acc[r] += load(from[r] + i, size - i) * weight;
+    }
+    for (int64_t r = 0; r < ROWS; r++) low[r * rank + j] = sum(acc[r]);
+  }
   for (int64_t r = 0; r < rows; r++) {
     const T* core = cores + slots[r] * cores_stride;
     for (int64_t i = 0; i < rank; i++) {
       vf acc{};
       for (int64_t j = 0; j < rank; j += W)
-        acc += load(core + i * rank + j, rank - j) * load(z + r * stride + j, rank - j);
+        acc += load(core + i * rank + j, rank - j) * load(&low[r * rank + j], rank - j);
       inner[r * rank + i] = sum(acc);
     }
   }
   for (int64_t o = 0; o < width; o += W) {
     vf acc[ROWS] = {};
     for (int64_t j = 0; j < rank; j++) {
-      vf u = load(ut + j * ut_stride + o, width - o);
-      for (int64_t r = 0; r < ROWS; r++) acc[r] += inner[r * rank + j] * u;
+      vf weight = load(ut + j * ut_stride + o, width - o);
+      for (int64_t r = 0; r < ROWS; r++) acc[r] += inner[r * rank + j] * weight;
     }
-    for (int64_t r = 0; r < rows; r++)
-      if (slots[r]) store(y + r * stride + o, load(y + r * stride + o, width - o) + acc[r], width - o);
+    for (int64_t r = 0; r < rows; r++) {
+      T* to = y + r * y_stride + o;
+      if (slots[r]) store(to, load(to, width - o) + acc[r], width - o);
+    }
   }
 }
 
@@ -132,18 +144,20 @@ void argmax(const T* x, int64_t stride, int64_t* out, int64_t rows, int64_t size
   }
 }
 
-// Each row's update, in place. A target is (site, first column, width); z starts at `z_column`.
-void update(T* y, int64_t stride, int64_t rows, int64_t z_column, const T* cores,
-            int64_t num_sites, const int64_t* slots, const T* ut, int64_t ut_stride,
-            const int64_t* targets, int64_t num_targets, int64_t rank, int64_t threads) {
+// y += U core V x with each row's own core. A target is (site, first column, width).
+void update(T* y, int64_t y_stride, const T* x, int64_t x_stride, int64_t rows, int64_t size,
+            const T* cores, int64_t num_sites, const int64_t* slots, const T* ut,
+            int64_t ut_stride, const T* v, const int64_t* targets, int64_t num_targets,
+            int64_t rank, int64_t threads) {
 #pragma omp parallel for num_threads(threads) if (rows > ROWS)
   for (int64_t t = 0; t < rows; t += ROWS) {
-    int64_t column = 0;
+    int64_t count = std::min(ROWS, rows - t), column = 0;
+    if (std::all_of(slots + t, slots + t + count, [](int64_t slot) { return !slot; })) continue;
     for (int64_t g = 0; g < num_targets; g++) {
       const int64_t *target = targets + 3 * g, width = target[2];
-      update_tile(y + t * stride + target[1], stride, std::min(ROWS, rows - t),
-                  y + t * stride + z_column + g * rank, cores + target[0] * rank * rank,
-                  num_sites * rank * rank, slots + t, ut + column, ut_stride, rank, width);
+      update_tile(y + t * y_stride + target[1], y_stride, x + t * x_stride, x_stride, size, count,
+                  cores + target[0] * rank * rank, num_sites * rank * rank, slots + t, ut + column,
+                  ut_stride, v + g * rank * size, rank, width);
       column += width;
     }
   }

@@ -20,7 +20,7 @@ _SIGNATURES = {
     "rotate_and_store": "pippppfpppiiiii",
     "silu_mul": "pipiii",
     "argmax": "pipiii",
-    "update": "piiipippipiii",
+    "update": "pipiiipippippiii",
     "attend": "pippppipiiiiiifi",
 }
 _TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
@@ -134,14 +134,19 @@ class NativeKernels:
         return out
 
     def update(
-        self, wide: torch.Tensor, targets: UpdateTargets, cores: torch.Tensor, slots: torch.Tensor
+        self,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        targets: UpdateTargets,
+        cores: torch.Tensor,
+        slots: torch.Tensor,
     ) -> None:
         """See `Kernels`."""
         _, sites, rank, _ = cores.shape
-        rows, columns = wide.shape
-        count = len(targets.targets)
+        rows, size = x.shape
         self._update(
-            wide.data_ptr(), wide.stride(0), rows, columns - count * rank,
+            y.data_ptr(), y.stride(0), x.data_ptr(), x.stride(0), rows, size,
             cores.data_ptr(), sites, slots.data_ptr(), targets.u.data_ptr(), targets.u.stride(0),
-            targets.targets.data_ptr(), count, rank, self._threads,
+            targets.v.data_ptr(), targets.targets.data_ptr(), len(targets.targets), rank,
+            self._threads,
         )  # fmt: skip

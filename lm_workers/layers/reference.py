@@ -76,16 +76,20 @@ class ReferenceKernels:
         return x.argmax(-1)
 
     def update(
-        self, wide: torch.Tensor, targets: UpdateTargets, cores: torch.Tensor, slots: torch.Tensor
+        self,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        targets: UpdateTargets,
+        cores: torch.Tensor,
+        slots: torch.Tensor,
     ) -> None:
-        """See `Kernels`."""
+        """See `Kernels`. Slot 0 holds zeros."""
         rank, width = cores.shape[-1], 0
-        column = wide.shape[1] - rank * len(targets.targets)
-        for site, first, columns in targets.targets.tolist():
-            inner = wide[:, column : column + rank]
-            inner = torch.bmm(cores[slots, site], inner.unsqueeze(-1)).squeeze(-1)
-            wide[:, first : first + columns] += inner @ targets.u[:, width : width + columns]
-            column, width = column + rank, width + columns
+        low = F.linear(x, targets.v).unflatten(-1, (-1, rank, 1))
+        for number, (site, first, columns) in enumerate(targets.targets.tolist()):
+            inner = torch.bmm(cores[slots, site], low[:, number]).squeeze(-1)
+            y[:, first : first + columns] += inner @ targets.u[:, width : width + columns]
+            width += columns
 
 
 def _rotate(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:

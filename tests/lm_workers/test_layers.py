@@ -147,19 +147,21 @@ def test_update(native: NativeKernels, dtype: torch.dtype, rank: int) -> None:
     targets = UpdateTargets(
         torch.tensor([[2, 0, 40], [0, 56, 24]]),
         normal(rank, 64, dtype=dtype, seed=1),
-        normal(2 * rank, 1, dtype=dtype),
+        normal(2 * rank, 72, dtype=dtype, scale=0.1),
     )
     cores = normal(4, 3, rank, rank, dtype=dtype, seed=2)
-    slots = torch.tensor([3, 0, 1, 1, 2, 3, 0, 2, 1])
-    wide = normal(9, 80 + 2 * rank, dtype=dtype, seed=3)
-    found, expected = wide.clone(), wide.clone()
-    native.update(found, targets, cores, slots)
-    REFERENCE.update(expected, targets, cores * (torch.arange(4) > 0)[:, None, None, None], slots)
+    cores[0] = 0
+    slots = torch.tensor([3, 0, 1, 1, 2, 3, 0, 2, 1, 0, 0, 0, 0, 0])
+    y, x = normal(14, 90, dtype=dtype, seed=3)[:, :80], normal(14, 72, dtype=dtype, seed=4)
+    found, expected = y.clone(), y.clone()
+    native.update(found, x, targets, cores, slots)
+    REFERENCE.update(expected, x, targets, cores, slots)
     assert_near(found, expected)
-    assert torch.equal(found[slots == 0], wide[slots == 0])
-    assert not torch.equal(found[slots == 1, :40], wide[slots == 1, :40])
-    alone = wide[4:5].clone()
-    native.update(alone, targets, cores, slots[4:5])
+    assert torch.equal(found[slots == 0], y[slots == 0])
+    assert torch.equal(found[:, 40:56], y[:, 40:56])
+    assert not torch.equal(found[slots == 1, :40], y[slots == 1, :40])
+    alone = y[4:5].clone()
+    native.update(alone, x[4:5], targets, cores, slots[4:5])
     assert torch.equal(alone[0], found[4])
 
 
