@@ -78,7 +78,7 @@ def _by_threshold(measured: Measured) -> list[dict[str, Any]]:
 
 
 def _by_promise(measured: Measured, seed: int) -> list[dict[str, Any]]:
-    """Documents by what their update's last refinement gained on contexts held back from it."""
+    """Documents by what refinement had gained on the contexts it held back."""
     promised = np.array(
         [np.nan if facts.predicted is None else facts.predicted for facts in measured.facts]
     )

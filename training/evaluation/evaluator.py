@@ -21,7 +21,14 @@ from training.evaluation.refinery import Refinery
 from training.evaluation.scores import Scores, Work
 from training.evaluation.settings import EXPENSIVE, EvaluateSettings
 from training.evaluation.store import Store
-from training.evaluation.stream import Arrivals, Plan, Refinement, plan_stream, random_labels
+from training.evaluation.stream import (
+    NOBODY,
+    Arrivals,
+    Plan,
+    Refinement,
+    plan_stream,
+    random_labels,
+)
 from training.evaluation.stream_variants import (
     Prompter,
     StreamSetting,
@@ -49,15 +56,15 @@ class Facts:
     Attributes:
         similarity: to the nearest of the bundle's clusters.
         assigned: whether that is near enough.
-        support: earlier contexts of its cluster in the stream, None where there is no stream.
-        cluster: id of that cluster, -1 for none.
-        predicted: what its update gained on contexts held back from it, nats per token.
+        cluster: id of the cluster it is assigned to, the stream's where there is one; -1 for none.
+        support: earlier contexts of that cluster in the stream, None where there is no stream.
+        predicted: what its refinements gained on contexts they held back, nats per token.
     """
 
     similarity: float
     assigned: bool
+    cluster: int
     support: int | None = None
-    cluster: int | None = None
     predicted: float | None = None
 
 
@@ -246,17 +253,16 @@ class Evaluator:
 
     def _facts(self, prepared: _Prepared, index: int) -> Facts:
         similarity = round(float(prepared.snapshot.similarities[index]), 6)
-        assigned = bool(prepared.snapshot.rows[index] != NO_CLUSTER)
-        stream = prepared.stream
+        row, stream = int(prepared.snapshot.rows[index]), prepared.stream
+        assigned = row != NO_CLUSTER
         if stream is None:
-            return Facts(similarity, assigned)
+            ids = self._subject.bundle.snapshot.ids
+            return Facts(similarity, assigned, int(ids[row]) if assigned else NOBODY)
         moment = stream.moments[index]
         predicted = None
         if moment.refinement is not None and "refined" in self._names:
-            update = self._refinery.refined(stream.plan, moment.refinement)
-            predicted = round(self._refinery.gain(update), 6)
-        support = len(moment.support)
-        return Facts(similarity, assigned, support, moment.cluster, predicted)
+            predicted = round(self._refinery.gain(stream.plan, moment.refinement), 6)
+        return Facts(similarity, assigned, moment.cluster, len(moment.support), predicted)
 
 
 @dataclass(frozen=True, eq=False)

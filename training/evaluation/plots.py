@@ -92,7 +92,7 @@ def _reliability(axes: Any, curve: list[dict[str, Any]]) -> None:
     places = [point["promised"] for point in curve]
     _with_interval(axes, places, curve)
     axes.axline((0, 0), slope=1, color="grey", linestyle=":", label="as promised")
-    axes.set_xlabel("gain of the last refinement on contexts held back from it")
+    axes.set_xlabel("gain of the refinements on the contexts they held back, nats per token")
     axes.set_title("Reliability of the gain: what refinement promised, what documents got")
 
 

@@ -41,6 +41,7 @@ class Refinery:
         self._seed = seed
         self._held: OrderedDict[Key, Generated] = OrderedDict()
         self._refined: dict[Refinement, Update] = {}
+        self._gains: dict[Refinement, float] = {}
 
     def static(self) -> Update:
         """The bundle's update with nothing generated."""
@@ -88,11 +89,20 @@ class Refinery:
         pieces = np.array_split(window.context_tokens, max(1, count))
         return self.refine(pieces, self.static())
 
-    def gain(self, update: Update) -> float:
-        """What the refinement that made `update` gained on the contexts it held back."""
-        update.generated()
-        kept = self._scores.store.tensors(update.key)
-        return 0.0 if kept is None else float(kept[1]["gain"])
+    def gain(self, plan: Plan, refinement: Refinement) -> float:
+        """What it and those before it gained, each on the contexts it held back, in all.
+
+        In nats per token, over what the hypernetwork had made.
+        """
+        if refinement not in self._gains:
+            before = refinement.before
+            start = 0.0 if before is None else self.gain(plan, before)
+            update = self.refined(plan, refinement)
+            update.generated()
+            kept = self._scores.store.tensors(update.key)
+            assert kept is not None
+            self._gains[refinement] = start + float(kept[1]["gain"])
+        return self._gains[refinement]
 
     def mean(self, weights: Sequence[float], updates: Sequence[Update]) -> Update:
         """The weighted mean of several updates."""

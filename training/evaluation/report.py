@@ -32,10 +32,11 @@ _HEAD = """\
 # Evaluation of `{bundle}`
 
 Base model `{base_model}`; bundle {id}, depth `{depth}`, rank {rank}. Next-token loss on the {split}
-split: in each document at most {context} tokens are context (half of a shorter document), the next
-{scored} are scored. Only the context of a document, and contexts that arrived before it, decide
-what it is scored under. Gains are in nats per token and positive where something is won.
-Intervals are 95 %, paired bootstrap, {resamples:,} resamples{interval}.
+split (of unseen domains whose test split is short, on others too): in each document at most
+{context} tokens are context (half of a shorter document), the next {scored} are scored. Only the
+context of a document, and contexts that arrived before it, decide what it is scored under. Gains
+are in nats per token and positive where something is won. Intervals are 95 %, paired bootstrap,
+{resamples:,} resamples{interval}.
 
 Primary endpoint, fixed before the run: {primary}.
 """

@@ -131,7 +131,7 @@ class EvaluateSettings(_Settings):
     def quick(self) -> EvaluateSettings:
         """A few minutes' worth: few documents, the cheap variants."""
         stream = self.stream.model_copy(
-            update={"warmup_documents": 12, "refine_every": 24, "support_sizes": ()}
+            update={"warmup_documents": 12, "refine_every": 8, "support_sizes": ()}
         )
         return self.model_copy(update={"documents": 4, "variants": QUICK, "stream": stream})
 
