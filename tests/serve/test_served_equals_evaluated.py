@@ -1,7 +1,7 @@
 """The loss that the evaluator reports is the loss of what is served, document by document.
 
 The service scores each document over HTTP (`echo`, `logprobs`); the evaluator takes its own path
-over hidden states. Both judge a document's cluster by its first 128 tokens.
+through the transformers model. Both judge a document's cluster by its first 128 tokens.
 """
 
 from __future__ import annotations
@@ -17,14 +17,16 @@ import torch
 from torch import nn
 
 from adapter_gen.bundle import Bundle
+from cluster_router.wire.types import AdapterKey
 from lm_workers.models import load_causal_lm
 from training.artefact import Artefact
 from training.base import FrozenBase
-from training.clusters import NO_CLUSTER
 from training.config import DataSettings
 from training.data import Document, Window, WindowCutter, open_reader
-from training.evaluate import Evaluator, Losses
-from training.features import FeatureCache, Features
+from training.evaluation.evaluator import Evaluator, Measured, Subject
+from training.evaluation.groups import Group
+from training.evaluation.settings import EvaluateSettings
+from training.evaluation.store import Store
 
 pytestmark = pytest.mark.serve
 
@@ -68,18 +70,18 @@ def score(service, window: Window, adaptation: object, prompt: str | None = None
     return Served(-float(np.mean(logprobs[window.context :])), used["cluster"], used["adapter_key"])
 
 
-def evaluate(base: FrozenBase, bundle: Bundle, features: Features) -> Losses:
-    # The static variant is the bundle's own: what the service falls back on.
-    return Evaluator(base, bundle, static=bundle.bases).losses(features, "evaluator")
+def evaluate(base: FrozenBase, bundle: Bundle, windows: list[Window], folder: Path) -> Measured:
+    settings = EvaluateSettings.model_validate(
+        {"variants": ["base", "static", "hyper"], "batch": 1, "stream": {"groups": []}}
+    )
+    evaluator = Evaluator(base, Subject(bundle), settings, Store(folder))
+    return evaluator.measure([Group("served", windows, [])])[0]
 
 
-def exact_features(base: FrozenBase, windows: list[Window]) -> Features:
-    """What the feature cache holds, without rounding the hidden states to bfloat16."""
-    hidden = []
-    for window in windows:
-        tokens = torch.from_numpy(window.tokens.astype(np.int64))[None]
-        hidden.append(base.encode(tokens, torch.ones_like(tokens))[0, window.context - 1 : -1])
-    return Features(windows, hidden)
+def served_key(bundle: Bundle, measured: Measured, index: int) -> AdapterKey:
+    """What the evaluator scored a document under."""
+    snapshot = bundle.snapshot
+    return bundle.key(snapshot, snapshot.row(measured.facts[index].cluster))
 
 
 @pytest.fixture(scope="module")
@@ -123,31 +125,37 @@ def windows(texts: dict[str, str], cutter: WindowCutter, base: FrozenBase) -> li
 
 
 @pytest.fixture(scope="module")
-def evaluated(base: FrozenBase, bundle: Bundle, windows: list[Window]) -> Losses:
-    return evaluate(base, bundle, exact_features(base, windows))
+def evaluated(
+    base: FrozenBase,
+    bundle: Bundle,
+    windows: list[Window],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Measured:
+    return evaluate(base, bundle, windows, tmp_path_factory.mktemp("scores"))
 
 
 def test_each_document_has_the_evaluators_loss(
-    service, bundle: Bundle, texts: dict[str, str], windows: list[Window], evaluated: Losses
+    service, bundle: Bundle, texts: dict[str, str], windows: list[Window], evaluated: Measured
 ) -> None:
-    assert len({int(row) for row in evaluated.rows}) > 4, "the documents should differ in cluster"
+    clusters = {facts.cluster for facts in evaluated.facts}
+    assert len(clusters) > 4, "the documents should differ in cluster"
     for index, window in enumerate(windows):
-        row, text = int(evaluated.rows[index]), texts[window.domain]
+        text = texts[window.domain]
         losses = {name: sums[index] / window.scored for name, sums in evaluated.sums.items()}
         off = score(service, window, "off", text)
         assert off.adapter_key is None
         assert off.loss == pytest.approx(losses["base"], abs=FLOAT32)
         auto = score(service, window, "auto", text)
-        key = bundle.key(bundle.snapshot, None if row == NO_CLUSTER else row)
+        key = served_key(bundle, evaluated, index)
         assert (auto.cluster, auto.adapter_key) == (key.cluster, key.id)
         assert auto.loss == pytest.approx(losses["hyper"], abs=FLOAT32)
         assert abs(losses["hyper"] - losses["base"]) > 10 * FLOAT32, "the update should be felt"
 
 
 def test_a_document_of_no_cluster_has_the_loss_of_the_static_update(
-    service, windows: list[Window], evaluated: Losses
+    service, windows: list[Window], evaluated: Measured
 ) -> None:
-    unassigned = [i for i, row in enumerate(evaluated.rows) if row == NO_CLUSTER]
+    unassigned = [i for i, facts in enumerate(evaluated.facts) if not facts.assigned]
     assert [windows[i].domain for i in unassigned] == [UNLIKE_ANY_CLUSTER]
     [index] = unassigned
     expected = evaluated.sums["static"][index] / windows[index].scored
@@ -158,10 +166,11 @@ def test_a_document_of_no_cluster_has_the_loss_of_the_static_update(
 
 
 def test_a_forced_cluster_has_the_loss_of_that_cluster(
-    service, bundle: Bundle, windows: list[Window], evaluated: Losses
+    service, bundle: Bundle, windows: list[Window], evaluated: Measured
 ) -> None:
     index = next(i for i, window in enumerate(windows) if window.domain == "recipe")
-    row = int(evaluated.rows[index])
+    row = bundle.snapshot.row(evaluated.facts[index].cluster)
+    assert row is not None
     cluster, other = (int(bundle.snapshot.ids[r]) for r in (row, row - 1))
     right = score(service, windows[index], cluster)
     wrong = score(service, windows[index], other)
@@ -177,10 +186,8 @@ def test_figures_of_a_run_agree_within_their_precision(
     windows: list[Window],
     tmp_path: Path,
 ) -> None:
-    """An evaluation run computes in bfloat16 and through the feature cache."""
-    base = FrozenBase(default_model)
-    cache = FeatureCache(tmp_path, base.fingerprint, base.encode)
-    losses = evaluate(base, bundle, cache.features(windows))
+    """An evaluation run computes in bfloat16."""
+    losses = evaluate(FrozenBase(default_model), bundle, windows, tmp_path)
     gains = []
     for index, window in enumerate(windows):
         base_loss, hyper = (losses.sums[v][index] / window.scored for v in ("base", "hyper"))
@@ -205,12 +212,11 @@ def test_so_do_documents_of_the_data_folder(
         # A shorter document is conditioned on half of its tokens, where the service takes 128.
         windows += [window for window in cut if window.context == cutter.context][:2]
     assert len(windows) >= len(DOMAINS)
-    losses = evaluate(base, bundle, exact_features(base, windows))
+    losses = evaluate(base, bundle, windows, tmp_path)
     totals = {"base": 0.0, "hyper": 0.0}
     for index, window in enumerate(windows):
         auto = score(service, window, "auto")
-        row = int(losses.rows[index])
-        assert auto.cluster == bundle.key(bundle.snapshot, row if row >= 0 else None).cluster
+        assert auto.cluster == served_key(bundle, losses, index).cluster
         for variant, served in (("base", score(service, window, "off")), ("hyper", auto)):
             expected = losses.sums[variant][index] / window.scored
             assert served.loss == pytest.approx(expected, abs=FLOAT32)
