@@ -50,11 +50,11 @@ def _domains(axes: Any, report: dict[str, Any]) -> None:
     domains = report["domains"]
     shown = [v for v in _SHOWN if v in report["mean"]["nats_per_token"]]
     places = np.arange(len(domains))
-    for number, name in enumerate(shown):
+    # Points rather than bars: the differences are small beside the losses.
+    for name in shown:
         values = [figures["nats_per_token"][name] for figures in domains.values()]
-        axes.barh(
-            places + (number + 0.5) * 0.8 / len(shown) - 0.4, values, 0.8 / len(shown), label=name
-        )
+        axes.plot(values, places, "o", alpha=0.7, label=name)
+    axes.margins(y=0.5 / len(domains))
     axes.set_yticks(places, list(domains))
     axes.invert_yaxis()
     axes.set_xlabel("loss, nats per token")
