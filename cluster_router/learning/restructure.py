@@ -11,9 +11,7 @@ from cluster_router.learning.structure import OUTSIDE, Split, View, bisect, chea
 from cluster_router.learning.table import ClusterTable, unit
 from cluster_router.wire.types import FloatArray
 
-_REPLACE = float(
-    __import__("os").environ.get("RP", "2")
-)  # at the limit, a newcomer must gain this many times what making room loses
+_REPLACE = 2.0  # at the limit, a newcomer must gain this many times what making room loses
 _THRESHOLD_RATE = 0.1  # so slow that novel traffic is spawned before the threshold lets it in
 _NO_THRESHOLD = -1.0
 
