@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy, one_hot
 
+from adapter_gen.nll import head_nll
 from training.data import Window
 from training.features import Encoder, FeatureCache
-from adapter_gen.nll import head_nll
 from training.objective import CandidateSampler
 
 VOCAB, DIM = 50, 8

@@ -104,13 +104,19 @@ def _kill_a_worker() -> None:
 
 
 def _mark(storage: Path) -> int:
-    """Write a figure into the last checkpoint that only a resumed run can know; its step."""
-    files = StageFiles(max(storage.glob("run/checkpoint_2*")))
-    saved = files.load("static")
-    assert saved is not None
-    saved.record["curve"][0][1] = MARK
-    files.save("static", saved)
-    return int(saved.record["steps"])
+    """Write a figure into every checkpoint that only a resumed run can know; the latest step.
+
+    Every one, because Ray may not yet have known of the newest when it was interrupted.
+    """
+    steps = 0
+    for folder in storage.glob("run/checkpoint_2*"):
+        files = StageFiles(folder)
+        saved = files.load("static")
+        assert saved is not None
+        saved.record["curve"][0][1] = MARK
+        files.save("static", saved)
+        steps = max(steps, int(saved.record["steps"]))
+    return steps
 
 
 def test_two_workers_give_the_curve_of_one_and_survive_a_kill(
