@@ -135,6 +135,7 @@ variants, baselines and controls are in the report that the command below writes
 _SECTIONS = {
     "seen": "### Seen domains, unseen documents\n",
     "unseen": "### Unseen domains, never trained on\n",
+    "held_out": "### Of these, the domains held out of training on purpose\n",
     "twin": "### Unseen domains, same recipe\n\nFigures of another bundle, trained by the same "
     "recipe and seed with these domains held out. This bundle was trained on them.\n",
     "wikitext": "### WikiText-2, not trained on\n",

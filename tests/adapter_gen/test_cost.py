@@ -31,11 +31,11 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(params=["head", "full"])
+@pytest.fixture(params=["shipped", "core"])
 def bundle(request: pytest.FixtureRequest, bundle_path: Path, default_model: Path) -> Bundle:
-    """The shipped bundle; at depth `full`, one of random weights over the same clusters."""
+    """The shipped bundle, a memory; and a core hypernetwork of random weights over its clusters."""
     shipped = Bundle.load(bundle_path, None)
-    if request.param == "head":
+    if request.param == "shipped":
         return shipped
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(default_model))

@@ -32,14 +32,14 @@ def evaluation() -> dict[str, Any]:
 
 def test_it_belongs_to_the_default_model_and_is_small(default_model: Path) -> None:
     artefact = Artefact.load(BUNDLE, FrozenBase(default_model).fingerprint)
-    assert artefact.bundle.spec.depth == "head"
+    assert artefact.bundle.spec.depth == "full"
     size = sum(path.stat().st_size for path in BUNDLE.rglob("*") if path.is_file())
     assert size < 25 * MEGABYTE
 
 
 def test_it_was_trained_by_the_recipe_in_the_repository() -> None:
     artefact = Artefact.load(BUNDLE, None)
-    assert artefact.settings == load_settings(ROOT / "training" / "configs" / "head.yaml")
+    assert artefact.settings == load_settings(ROOT / "training" / "configs" / "full.yaml")
 
 
 def test_it_was_not_trained_on_what_its_licence_forbids() -> None:
