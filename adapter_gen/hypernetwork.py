@@ -235,6 +235,12 @@ class MemoryHypernetwork(Hypernetwork):
         self.keys.copy_(normalize(vectors - mean, dim=-1))
         self.cores.copy_(cores.flatten(1))
 
+    @torch.no_grad()
+    def blend(self, sharpness: float, strength: float) -> None:
+        """Set how prototypes are blended: the factor on similarities, and that on the result."""
+        self.sharpness.fill_(sharpness)
+        self.strength.fill_(strength)
+
     def weights(self, vector: Tensor) -> Tensor:
         """[B, c] -> [B, K], how much each prototype counts; rows sum to 1."""
         similarity = normalize(vector - self.condition_mean, dim=-1) @ self.keys.T

@@ -33,6 +33,8 @@ class RefineConfig(BaseModel):
         steps: steps of Adam, the learning rate falling linearly to zero.
         learning_rate: first step's rate for the cores; about the size of one step per number.
         batch: prompts in one step.
+        skip: tokens at the start of a prompt that are read but not learned from; at most half of
+            it. How texts of a kind begin is soon learned and helps nothing that comes later.
         held_back: share of the prompts that chooses the scale.
         scales: how far along the way found to go; 0 is always among the choices.
         min_prompts: with fewer, nothing is refined.
@@ -44,6 +46,7 @@ class RefineConfig(BaseModel):
     steps: Annotated[int, Field(ge=1)] = 12
     learning_rate: Annotated[float, Field(gt=0, le=1)] = 0.03
     batch: Annotated[int, Field(ge=1)] = 16
+    skip: Annotated[int, Field(ge=0)] = 32
     held_back: Annotated[float, Field(gt=0, lt=1)] = 0.25
     scales: tuple[Annotated[float, Field(gt=0)], ...] = (0.33, 0.67, 1.0)
     min_prompts: Annotated[int, Field(ge=2)] = 8
@@ -117,7 +120,7 @@ class Refiner:
         kept, learned = shuffled[:held], shuffled[held:]
         way = self._descend(learned, first)
         scale, gain = self._choose(kept, first, way)
-        tokens = sum(len(prompt) - 1 for prompt in learned)
+        tokens = sum(len(prompt) - self._first(prompt) for prompt in learned)
         return Refined(_along(first, way, scale), scale, gain, tokens)
 
     def _descend(self, prompts: Sequence[Prompt], start: Generated) -> Generated:
@@ -159,13 +162,18 @@ class Refiner:
         means = []
         for batch in _slices(sorted(prompts, key=len), self._config.batch):
             losses = self._losses(batch, update).double()
-            means += [part.mean() for part in losses.split([len(p) - 1 for p in batch])]
+            counts = [len(prompt) - self._first(prompt) for prompt in batch]
+            means += [part.mean() for part in losses.split(counts)]
         return torch.stack(means)
 
     def _losses(self, prompts: Sequence[Prompt], update: Generated) -> Tensor:
         sequences = [torch.from_numpy(prompt.astype(np.int64)) for prompt in prompts]
-        scored = ScoredTokens.of(sequences, [1] * len(sequences))
+        scored = ScoredTokens.of(sequences, [self._first(prompt) for prompt in prompts])
         return self._lm.losses(scored, self._bases, update)
+
+    def _first(self, prompt: Prompt) -> int:
+        """The first token that is learned from."""
+        return max(1, min(self._config.skip, len(prompt) // 2))
 
     def _zeros(self) -> Generated:
         rank = self._spec.rank

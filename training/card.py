@@ -92,7 +92,7 @@ _RECIPE = {
 3. For each cluster the cores between U and V are refined by a few steps of Adam on the cluster's
    own training documents; a part of them is held back and decides how far to go ({moved}).
 4. The hypernetwork remembers these cores by centroid and blends those of similar clusters, at the
-   strength that validated best ({scale}).
+   strength and sharpness that validated best ({scale} and {sharpness}).
 """,
 }
 
@@ -180,9 +180,10 @@ def _training_facts(record: dict[str, Any]) -> dict[str, Any]:
             "hyper_step": record["hyper"]["best_step"],
         }
     moved = sum(entry["scale"] > 0 for entry in record["prototypes"])
-    best = min(record["strengths"], key=lambda pair: float(pair[1]))
+    best = min(record["blends"], key=lambda tried: float(tried["loss"]))
     return facts | {
-        "scale": best[0],
+        "scale": best["strength"],
+        "sharpness": best["sharpness"],
         "moved": f"{moved} of {len(record['prototypes'])} moved from the static update",
     }
 

@@ -120,13 +120,15 @@ class PrototypeSettings(_Settings):
     """The second stage at depth `full`: cores refined on each cluster, which the memory keeps.
 
     Of each cluster, up to `documents` windows are learned from, the first `tokens` of each. The
-    best of `strengths` on the validation documents is taken; 0 is always among them.
+    best of `strengths` (0 is always among them), at the hypernetwork's sharpness or one of
+    `sharpness`, on the validation documents is taken.
     """
 
     documents: Positive = 64
     tokens: Annotated[int, Field(ge=2)] = 192
     refine: RefineConfig = RefineConfig()
     strengths: tuple[Annotated[float, Field(gt=0)], ...] = (0.5, 1.0)
+    sharpness: tuple[Annotated[float, Field(gt=0)], ...] = ()
 
 
 class TrainSettings(_Settings):

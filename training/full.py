@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from itertools import product
 
 import numpy as np
 import torch
@@ -152,7 +153,7 @@ class FullTraining:
         base: the frozen model, on the runtime's device.
         train: windows to train on; `dialogue` are the same with some in the chat format.
         dialogue: what stage 1 learns from.
-        validation: windows that steer early stopping and the strength of the memory.
+        validation: windows that steer early stopping and how the memory blends.
         settings: of the run.
         runtime: this process, or one worker of several.
     """
@@ -191,7 +192,7 @@ class FullTraining:
         prototypes = Prototypes(self._base, self._spec, static, settings, self._runtime)
         cores, refined = prototypes.refine(self._train, clustering)
         hypernetwork = self._hypernetwork(clustering, cores)
-        losses = self._fit_strength(hypernetwork, static, clustering)
+        blends = self._fit_blend(hypernetwork, static, clustering)
         bundle = Bundle(
             base_model=settings.model,
             fingerprint=self._base.fingerprint,
@@ -212,7 +213,7 @@ class FullTraining:
             "cluster_domain_nmi": clustering.agreement(self._validation),
             "static": first.as_json(),
             "prototypes": refined,
-            "strengths": [list(pair) for pair in losses.items()],
+            "blends": blends,
         }
         return Trained(bundle, record)
 
@@ -247,18 +248,23 @@ class FullTraining:
         return hypernetwork
 
     @torch.no_grad()
-    def _fit_strength(
+    def _fit_blend(
         self, hypernetwork: MemoryHypernetwork, bases: SharedBases, clustering: Clustering
-    ) -> dict[float, float]:
-        """Keep the strength that validates best; returns the loss at each one tried."""
+    ) -> list[dict[str, float]]:
+        """Keep the sharpness and strength that validate best; returns the loss of each pair."""
         conditions = clustering.conditions(self._validation)
         scorer = WindowScorer(self._base, self._spec)
         tokens = sum(window.scored for window in self._validation)
-        losses = {}
-        for strength in (0.0, *self._settings.prototypes.strengths):
-            hypernetwork.strength.fill_(strength)
+        own, settings = float(hypernetwork.sharpness), self._settings.prototypes
+        # At strength 0 nothing is blended.
+        pairs = [(own, 0.0), *product((own, *settings.sharpness), settings.strengths)]
+        tried = []
+        for sharpness, strength in pairs:
+            hypernetwork.blend(sharpness, strength)
             generated: Generated = hypernetwork(conditions.vectors, conditions.support)
             sums = scorer.score(self._validation, bases, generated)
-            losses[strength] = float(sums.sum() / tokens)
-        hypernetwork.strength.fill_(min(losses, key=lambda strength: losses[strength]))
-        return losses
+            loss = float(sums.sum() / tokens)
+            tried.append({"sharpness": sharpness, "strength": strength, "loss": loss})
+        best = min(tried, key=lambda one: one["loss"])
+        hypernetwork.blend(best["sharpness"], best["strength"])
+        return tried

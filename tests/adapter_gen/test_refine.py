@@ -117,3 +117,21 @@ def test_the_papers_update_has_no_cores_to_refine(parts):
     spec = discover_sites(model, "paper", 4)
     with pytest.raises(ConfigError, match="no cores"):
         Refiner(model, spec, init_bases(spec, 0))
+
+
+@pytest.mark.parametrize(("skip", "scored"), [(0, 23), (8, 16), (100, 12)])
+def test_the_beginnings_of_prompts_are_not_learned_from(parts, monkeypatch, skip, scored):
+    model, spec, bases = parts
+    seen = []
+    losses = AdaptedLM.losses
+
+    def watch(lm, batch, *rest):
+        seen.append(batch.places.min().item())
+        return losses(lm, batch, *rest)
+
+    monkeypatch.setattr(AdaptedLM, "losses", watch)
+    refined = Refiner(model, spec, bases, CONFIG.model_copy(update={"skip": skip})).refine(
+        prompts(0)
+    )
+    assert refined.tokens == 30 * scored
+    assert set(seen) == {24 - scored}

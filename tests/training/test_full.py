@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from adapter_gen.hypernetwork import MemoryHypernetwork
 from adapter_gen.language_model import AdaptedLM, ScoredTokens
 from cluster_router.wire.errors import ConfigError
 from lm_workers.models import load_tokenizer
@@ -35,6 +36,7 @@ def full(settings: TrainSettings) -> TrainSettings:
         "prototypes": {
             "documents": 16,
             "tokens": 64,
+            "sharpness": [32.0],
             "refine": {"steps": 6, "batch": 8, "learning_rate": 0.1},
         },
     }
@@ -64,8 +66,13 @@ def test_each_part_lowers_the_loss_of_held_out_documents(
     unadapted = scorer.score(windows, None).sum()
     static = scorer.score(windows, bundle.bases).sum()
     assert static < 0.9 * unadapted
-    losses = [loss for _, loss in artefact.record["strengths"]]
-    assert min(losses) < losses[0], "the memory gains on validation documents"
+    blends = artefact.record["blends"]
+    assert [blend["strength"] for blend in blends] == [0.0, 0.5, 1.0, 0.5, 1.0]
+    best = min(blends, key=lambda blend: blend["loss"])
+    assert best["loss"] < blends[0]["loss"], "the memory gains on validation documents"
+    memory = bundle.hypernetwork
+    assert isinstance(memory, MemoryHypernetwork)
+    assert (float(memory.sharpness), float(memory.strength)) == (best["sharpness"], best["strength"])
     assert any(entry["scale"] > 0 for entry in artefact.record["prototypes"])
 
 

@@ -82,8 +82,11 @@ class StreamSettings(_Settings):
         warmup: whether they arrive before all others, or in between.
         start: whether clusters begin with the bundle's or with none.
         publish_every: arrivals between two publications of the clusters.
-        refine_every: new contexts of a cluster after which it is refined anew.
-        buffer: latest contexts of a cluster that refinement learns from.
+        refine_every: new contexts of a cluster after which it is refined anew; half as many as it
+            had learned from, if that is more.
+        buffer: contexts that refinement learns from: the cluster's latest.
+        borrow: whether a cluster with fewer contexts than that also learns from the earlier
+            contexts of other clusters that are most like its centroid.
         support_sizes: the gain is also measured with at most so many earlier contexts.
         learner: settings of the online clustering.
     """
@@ -95,6 +98,7 @@ class StreamSettings(_Settings):
     publish_every: Positive = 16
     refine_every: Positive = 16
     buffer: Positive = 64
+    borrow: bool = True
     support_sizes: tuple[Count, ...] = (0, 16, 32, 64, 128)
     learner: LearnerConfig = LearnerConfig()
 

@@ -67,7 +67,8 @@ class Refinement:
 
     Attributes:
         cluster: its id.
-        prompts: arrivals whose contexts are learned from, oldest first.
+        prompts: arrivals whose contexts are learned from, oldest first: the cluster's latest, and
+            where these are few, others like them.
         seen: how many contexts of the cluster had arrived.
         conditioning: what the hypernetwork is given for the first start.
         before: the refinement that this one starts from; None starts from the hypernetwork.
@@ -229,7 +230,7 @@ class _Planner:
         refinements = {
             cluster: refinement
             for cluster, found in held.items()
-            if (refinement := self._refine(snapshot, cluster, found, before.get(cluster)))
+            if (refinement := self._refine(time, snapshot, cluster, found, before.get(cluster)))
         }
         self._known = Published(snapshot, held, refinements)
 
@@ -243,6 +244,7 @@ class _Planner:
 
     def _refine(
         self,
+        time: int,
         snapshot: ClusterSnapshot,
         cluster: int,
         members: tuple[int, ...],
@@ -250,12 +252,28 @@ class _Planner:
     ) -> Refinement | None:
         """A new refinement if enough members are new, else the one before."""
         learned, row = self._learned[cluster], snapshot.row(cluster)
-        if row is None or len(set(members) - learned) < self._settings.refine_every:
+        due = max(self._settings.refine_every, len(learned) // 2)
+        if row is None or len(set(members) - learned) < due:
             return before
         learned.update(members)
         prompts = members[-self._settings.buffer :]
+        if self._settings.borrow and len(prompts) < self._settings.buffer:
+            borrowed = self._nearest(snapshot.centroids[row], time, members)
+            prompts = tuple(sorted((*prompts, *borrowed[: self._settings.buffer - len(prompts)])))
         conditioning = snapshot.conditioning_of(row)
         return Refinement(cluster, prompts, len(learned), conditioning, before)
+
+    def _nearest(self, centroid: FloatArray, time: int, members: tuple[int, ...]) -> list[int]:
+        """Arrivals before `time` that are not among `members`, most like the centroid first.
+
+        In the control of a random partition, in random order.
+        """
+        if self._labels is None:
+            order = np.argsort(-(self._arrivals.embeddings[:time] @ centroid), kind="stable")
+        else:
+            order = np.random.default_rng([time, len(members)]).permutation(time)
+        own = set(members)
+        return [int(earlier) for earlier in order if int(earlier) not in own]
 
 
 def _assign(embeddings: FloatArray, snapshot: ClusterSnapshot) -> tuple[FloatArray, list[int]]:

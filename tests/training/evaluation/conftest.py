@@ -93,7 +93,7 @@ def random_artefact(random_bundle: Bundle, settings: TrainSettings) -> Artefact:
         "train_tokens": 1,
         "static": {"best_step": 1},
         "prototypes": [{"scale": 1.0}],
-        "strengths": [[1.0, 2.0]],
+        "blends": [{"sharpness": 16.0, "strength": 1.0, "loss": 2.0}],
         "domains": {"animals": 1},
     }
     data = settings.data.model_copy(update={"near_duplicates": "keep"})

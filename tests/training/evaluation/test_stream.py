@@ -70,7 +70,7 @@ def clean(
     return measure([unseen], cheap, tmp_path_factory.mktemp("clean"))["unseen"].sums
 
 
-def test_refinements_learn_from_earlier_contexts_of_their_cluster_only(plan: Plan) -> None:
+def test_refinements_learn_from_earlier_contexts_only(plan: Plan) -> None:
     met = 0
     for moment in plan.moments:
         for cluster, members in moment.known.members.items():
@@ -85,6 +85,33 @@ def test_refinements_learn_from_earlier_contexts_of_their_cluster_only(plan: Pla
             refinement = before
             met += 1
     assert met, "some document should be served under a refinement"
+
+
+@pytest.mark.parametrize("borrow", [True, False])
+def test_a_small_cluster_borrows_the_contexts_most_like_it(
+    plan: Plan, random_bundle: Bundle, quick_settings: EvaluateSettings, borrow: bool
+) -> None:
+    settings = quick_settings.stream.model_copy(update={"borrow": borrow})
+    planned = plan_stream(plan.arrivals, random_bundle.snapshot, settings)
+    embeddings, borrowed = plan.arrivals.embeddings, 0
+    known = {id(moment.known): moment.known for moment in planned.moments}
+    for cluster, refinement in (item for k in known.values() for item in k.refinements.items()):
+        published = next(k for k in known.values() if k.refinements.get(cluster) is refinement)
+        own = set(published.members[cluster])
+        others = [time for time in refinement.prompts if time not in own]
+        row = published.snapshot.row(cluster)
+        assert row is not None
+        if others:
+            assert len(refinement.prompts) <= settings.buffer
+            centroid = published.snapshot.centroids[row]
+            last = max(refinement.prompts)
+            left = [t for t in range(last) if t not in own and t not in others]
+            worst = min(float(embeddings[t] @ centroid) for t in others)
+            assert (
+                worst >= max((float(embeddings[t] @ centroid) for t in left), default=-1.0) - 1e-6
+            )
+            borrowed += len(others)
+    assert (borrowed > 0) == borrow
 
 
 def test_warm_up_traffic_is_not_scored_and_shares_no_document(unseen: Group, plan: Plan) -> None:
