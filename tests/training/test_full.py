@@ -72,7 +72,8 @@ def test_each_part_lowers_the_loss_of_held_out_documents(
     assert best["loss"] < blends[0]["loss"], "the memory gains on validation documents"
     memory = bundle.hypernetwork
     assert isinstance(memory, MemoryHypernetwork)
-    assert (float(memory.sharpness), float(memory.strength)) == (best["sharpness"], best["strength"])
+    assert float(memory.sharpness) == best["sharpness"]
+    assert float(memory.strength) == best["strength"]
     assert any(entry["scale"] > 0 for entry in artefact.record["prototypes"])
 
 
