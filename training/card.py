@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
-
-import yaml
 
 from adapter_gen.bundle import Bundle
 from training.config import TrainSettings
 from training.evaluation.tables import table
-
-_LICENCES = Path(__file__).parent / "configs" / "licences.yaml"
 
 _CARD = """\
 ---
@@ -45,24 +40,21 @@ Trained on the first tokens of documents of these domains:
 
 {data}
 
-Never trained on: {excluded}. Their licences do not allow the use of a trained model that this
-bundle is meant for (non-commercial, or for research); they serve only to measure unseen domains.
+Left out of training by the settings (`data.exclude`): {excluded}.
 
 {recipe}
 
 To make it again (seed {seed}):
 
 ```
-python -m training train --config training/configs/{depth}.yaml --data <folder> --out <bundle>
+python -m training train --config training/configs/{depth}.yaml --data <folder> --out <bundle> \\
+    --licences training/configs/licences.yaml
 python -m training evaluate --bundle <bundle> --data <folder> --record
 ```
 
 {limits}
-- Several domains (Shakespeare, the Bible, RFCs, the standard library) were surely part of the base
-  model's own training data.
-- `licences` and `rfc` share formulas between splits; their figures are optimistic.
 - One seed; the intervals cover the choice of test documents, not of training runs.
-"""
+{notes}"""
 
 _RECIPE = {
     "head": """\
@@ -163,7 +155,8 @@ def card(bundle: Bundle, settings: TrainSettings, record: dict[str, Any]) -> str
         train_tokens=record["train_tokens"],
         created_by=bundle.created_by or "not stated",
         excluded=", ".join(f"`{name}`" for name in settings.data.exclude) or "nothing",
-        data="\n".join(_data(record["domains"])),
+        data="\n".join(_data(record)),
+        notes="".join(_notes(record)),
         figures=_UNMEASURED if bundle.evaluation is None else _figures(bundle.evaluation),
         recipe=_RECIPE[depth].format(**facts).rstrip(),
         limits=_LIMITS[depth].format(**facts).rstrip(),
@@ -188,12 +181,17 @@ def _training_facts(record: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _data(domains: dict[str, int]) -> Iterator[str]:
-    known = yaml.safe_load(_LICENCES.read_text(encoding="utf-8"))
+def _data(record: dict[str, Any]) -> Iterator[str]:
     yield "| domain | documents | source | licence |\n|---|---|---|---|"
-    for name, documents in domains.items():
-        facts = known.get(name, {"source": "not stated", "licence": "not stated"})
+    for name, documents in record["domains"].items():
+        facts = record["licences"].get(name, {"source": "not stated", "licence": "not stated"})
         yield f"| {name} | {documents} | {facts['source']} | {facts['licence']} |"
+
+
+def _notes(record: dict[str, Any]) -> Iterator[str]:
+    for name, facts in record["licences"].items():
+        if "note" in facts:
+            yield f"- `{name}`: {facts['note']}.\n"
 
 
 def _figures(evaluation: dict[str, Any]) -> str:

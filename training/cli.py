@@ -16,6 +16,7 @@ from training.checkpoints import PartialRun
 from training.config import load_settings
 from training.data.command import DATA_HELP, location
 from training.data.command import add_parser as add_data
+from training.data.licences import LICENCES_HELP, load_licences
 from training.evaluation.command import add_parser as add_evaluate
 from training.jobs import TrainJob
 from training.paper.command import add_parser as add_reproduce_paper
@@ -47,6 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--config", type=Path, required=True, help="settings, YAML")
     train.add_argument("--out", type=Path, default=Path("bundle"), help="folder to write")
     train.add_argument("--holdout", help="domains to hold out, separated by commas")
+    train.add_argument("--licences", type=Path, help=LICENCES_HELP)
     train.add_argument("--seed", type=int, help="replaces the seed of the config")
     train.add_argument(
         "--workers",
@@ -82,7 +84,13 @@ def _train(options: argparse.Namespace) -> None:
     if options.holdout:
         overrides["data.holdout"] = options.holdout.split(",")
     settings = load_settings(options.config, **overrides)
-    job = TrainJob(settings, options.data, options.cache.resolve(), "python -m training train")
+    job = TrainJob(
+        settings,
+        options.data,
+        options.cache.resolve(),
+        "python -m training train",
+        load_licences(options.licences),
+    )
     partial = PartialRun.open(options.out, job.as_json(), options.resume)
     _run(job, partial.folder).save(options.out)
     partial.remove()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from training.base import FrozenBase
 from training.config import TrainSettings
 from training.corpus import Corpus
 from training.data import Window
+from training.data.licences import Licence
 from training.dialogue import DialogueCutter
 from training.features import Features
 from training.full import FullTraining
@@ -20,12 +22,21 @@ from training.runtime import Runtime
 
 @dataclass(frozen=True)
 class TrainJob:
-    """A training run as plain values, so that it can be sent to a worker."""
+    """A training run as plain values, so that it can be sent to a worker.
+
+    Attributes:
+        settings: of the run.
+        data: what `--data` names.
+        cache: folder of computed features.
+        created_by: the command, for the record.
+        licences: of domains, as far as they are known; for the record, too.
+    """
 
     settings: TrainSettings
     data: str | Path
     cache: Path
     created_by: str
+    licences: Mapping[str, Licence] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         """What is run, for an interrupted run to be recognised by."""
@@ -45,8 +56,14 @@ class TrainJob:
         run = self._head if self.settings.depth == "head" else self._full
         trained, windows = run(runtime)
         domains = [window.domain for window in windows]
+        counts = {name: domains.count(name) for name in dict.fromkeys(domains)}
         record = trained.record | {
-            "domains": {name: domains.count(name) for name in dict.fromkeys(domains)}
+            "domains": counts,
+            "licences": {
+                name: self.licences[name].model_dump(exclude_none=True)
+                for name in counts
+                if name in self.licences
+            },
         }
         return Artefact(trained.bundle, self.settings, record)
 

@@ -98,7 +98,7 @@ class Prototypes:
         cores[clusters.start : clusters.stop] = self._runtime.total(found.to(device)).cpu()
         pooled = self._runtime.total(numbers.to(device)).cpu()
         figures[clusters.start : clusters.stop] = pooled
-        return int(pooled[:, 2].sum()) * self._settings.prototypes.refine.steps
+        return int(pooled[:, 2].sum())
 
     def _prompts(
         self, windows: Sequence[Window], rows: np.ndarray[Any, Any], cluster: int

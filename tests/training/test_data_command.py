@@ -69,3 +69,23 @@ def test_progress_tells_tokens_a_second_and_the_time_left(
     clock = r"\d\d:\d\d"
     shown = rf"tokenise: +75%.* 3\.00/4\.00 \[{clock}<{clock}, .*doc/s, \d+tok/s\]"
     assert re.search(shown, last), last
+
+
+def test_licences_come_from_a_file(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    known = tmp_path / "licences.yaml"
+    known.write_text("numbers: {source: counted, licence: CC0-1.0}\n")
+    assert main([*arguments, "--licences", str(known)]) == 0
+    [line] = [line for line in capsys.readouterr().out.splitlines() if "| numbers" in line]
+    assert line.endswith("| CC0-1.0 |")
+
+
+@pytest.mark.parametrize("text", ["numbers: {licence: MIT}", "numbers: {", "[1]"])
+def test_a_file_of_licences_that_cannot_be_read_is_named(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str
+) -> None:
+    known = tmp_path / "licences.yaml"
+    known.write_text(text)
+    assert main([*arguments, "--licences", str(known)]) == 2
+    assert str(known) in capsys.readouterr().err

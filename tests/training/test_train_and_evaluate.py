@@ -18,6 +18,7 @@ from training.artefact import Artefact
 from training.base import FrozenBase
 from training.cli import main
 from training.config import TrainSettings
+from training.data.licences import Licence
 from training.evaluation.figures import GAINS
 from training.evaluation.job import EvaluateJob
 from training.evaluation.settings import EvaluateSettings
@@ -51,7 +52,9 @@ def trained(
 ) -> Path:
     """A trained and measured bundle. Read only."""
     folder = tmp_path_factory.mktemp("run") / "bundle"
-    TrainJob(settings, data, cache, "a test").run(InProcess()).save(folder)
+    animals = Licence(source="made up", licence="CC0-1.0", note="they repeat")
+    job = TrainJob(settings, data, cache, "a test", {"animals": animals})
+    job.run(InProcess()).save(folder)
     measure(folder, data, cache)
     return folder
 
@@ -109,7 +112,10 @@ def test_the_card_prints_the_figures(trained: Path, evaluation: dict[str, Any]) 
     for value in mean["nats_per_token"].values():
         assert f"{value:.4f}" in card
     assert f"{mean['gains']['conditioning'][0]:+.4f}" in card
-    assert "Never trained on: `secret`" in card
+    assert "(`data.exclude`): `secret`" in card
+    assert "| animals | 24 | made up | CC0-1.0 |" in card
+    assert "| numbers | 24 | not stated | not stated |" in card
+    assert "- `animals`: they repeat." in card
 
 
 def test_the_same_seed_gives_the_same_bundle(

@@ -10,6 +10,7 @@ from typing import Any
 from training.base import FrozenBase
 from training.config import TrainSettings, load_settings
 from training.data.hub import PREFIX
+from training.data.licences import LICENCES_HELP, load_licences
 from training.data.reader import open_reader
 from training.data.survey import survey, survey_table
 
@@ -30,6 +31,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         "data", help="list what is in a data set, and what is left out of it as duplicate"
     )
     parser.add_argument("--config", type=Path, help="settings of the run, YAML")
+    parser.add_argument("--licences", type=Path, help=LICENCES_HELP)
     parser.add_argument("--tokens", action="store_true", help="count tokens too, which takes long")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=list_data)
@@ -46,5 +48,6 @@ def list_data(options: argparse.Namespace) -> None:
     settings = load_settings(options.config) if options.config else TrainSettings()
     reader = open_reader(options.data, settings.data, options.cache)
     tokenizer = FrozenBase.resolve(settings.model).tokenizer if options.tokens else None
-    figures = {"data": options.data, **survey(reader, settings.data, tokenizer)}
+    licences = load_licences(options.licences)
+    figures = {"data": options.data, **survey(reader, settings.data, licences, tokenizer)}
     print(json.dumps(figures, indent=1) if options.json else survey_table(figures, settings.data))

@@ -2,42 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
-
-import yaml
 
 from training.config import DataSettings
 from training.data.documents import SPLITS, select
 from training.data.inventory import Part
+from training.data.licences import Licence
 from training.data.meter import meter
 from training.data.reader import SourceReader
 from training.data.windows import Tokenizer
 
-_LICENCES = Path(__file__).parents[1] / "configs" / "licences.yaml"
 _UNKNOWN = "unknown"
 _COUNTS = ("documents", "bytes", "empty", "exact", "near")
 
 
 def survey(
-    reader: SourceReader, settings: DataSettings, tokenizer: Tokenizer | None
+    reader: SourceReader,
+    settings: DataSettings,
+    licences: Mapping[str, Licence],
+    tokenizer: Tokenizer | None,
 ) -> dict[str, Any]:
     """Figures by domain and split, JSON values only.
 
     Args:
         reader: of the data.
         settings: which domains are excluded or held out.
+        licences: of domains, as far as they are known.
         tokenizer: counts the tokens of all documents; None leaves them out.
 
     Raises:
         ConfigError: tokens are counted and something cannot be read.
     """
-    licences = yaml.safe_load(_LICENCES.read_text(encoding="utf-8"))
     domains: dict[str, Any] = {
         name: {
             "use": _use(name, settings),
-            "licence": licences.get(name, {}).get("licence", _UNKNOWN),
+            "licence": licences[name].licence if name in licences else _UNKNOWN,
             "splits": {
                 split: {count: getattr(part, count) for count in _COUNTS}
                 for split, part in parts.items()
@@ -82,8 +82,8 @@ def survey_table(figures: dict[str, Any], settings: DataSettings) -> str:
         f"others{near}.",
         f"A run reads up to {settings.train_documents} / {settings.validation_documents} / "
         f"{settings.test_documents} documents of each domain (data.train_documents, ...).",
-        "Licences are known by domain name from training/configs/licences.yaml; where they are "
-        "unknown, find out before you publish what is trained on the text.",
+        "Licences are those that --licences states; where they are unknown, find out before you "
+        "publish what is trained on the text.",
     ]
     return "\n".join(lines)
 

@@ -95,6 +95,7 @@ def random_artefact(random_bundle: Bundle, settings: TrainSettings) -> Artefact:
         "prototypes": [{"scale": 1.0}],
         "blends": [{"sharpness": 16.0, "strength": 1.0, "loss": 2.0}],
         "domains": {"animals": 1},
+        "licences": {},
     }
     data = settings.data.model_copy(update={"near_duplicates": "keep"})
     return Artefact(random_bundle, settings.model_copy(update={"data": data}), record)
