@@ -16,6 +16,7 @@ from adapter_gen.update import LoraDelta
 from cluster_router.wire.types import AdapterKey, Assignment, SamplingParams, TokenizedRequest
 from lm_workers.build import build_engine
 from lm_workers.config import EngineConfig
+from lm_workers.engine import EngineStats
 
 
 class ChameleonEngine:
@@ -28,6 +29,11 @@ class ChameleonEngine:
         self._deltas: dict[int, LoraDelta] = {}
         update = None if self._bundle is None else (self._bundle.spec, self._bundle.bases)
         self._engine = build_engine(Path(job["model"]), engine_config(job), update)
+
+    @property
+    def stats(self) -> EngineStats:
+        """The engine's counts."""
+        return self._engine.stats
 
     def prepare(self, load: Workload) -> None:
         """Generate the updates that `load` uses."""
