@@ -121,7 +121,8 @@ class PrototypeSettings(_Settings):
 
     Of each cluster, up to `documents` windows are learned from, the first `tokens` of each. The
     best of `strengths` (0 is always among them), at the hypernetwork's sharpness or one of
-    `sharpness`, on the validation documents is taken.
+    `sharpness`, on the validation documents is taken. With no strengths there is no second
+    stage: every cluster gets the static update.
     """
 
     documents: Positive = 64

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from itertools import product
+from typing import Any
 
 import numpy as np
 import torch
@@ -189,8 +190,7 @@ class FullTraining:
         bases = FullBases(self._spec, settings.seed)
         first = self._static_stage(bases)
         static = bases.frozen()
-        prototypes = Prototypes(self._base, self._spec, static, settings, self._runtime)
-        cores, refined = prototypes.refine(self._train, clustering)
+        cores, refined = self._prototypes(static, clustering)
         hypernetwork = self._hypernetwork(clustering, cores)
         blends = self._fit_blend(hypernetwork, static, clustering)
         bundle = Bundle(
@@ -227,6 +227,15 @@ class FullTraining:
         return Stage[ScoredTokens]("static", stage, module, [(bases, 1.0)]).run(
             batches, validate, self._runtime
         )
+
+    def _prototypes(
+        self, static: SharedBases, clustering: Clustering
+    ) -> tuple[Tensor, list[dict[str, Any]]]:
+        if self._settings.prototypes.strengths:
+            prototypes = Prototypes(self._base, self._spec, static, self._settings, self._runtime)
+            return prototypes.refine(self._train, clustering)
+        rank = self._spec.rank
+        return torch.zeros(len(clustering.snapshot), len(self._spec.sites), rank, rank), []
 
     def _validator(
         self, scorer: WindowScorer, bases: Callable[[], SharedBases]

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from adapter_gen.update import UpdateSpec
 from cluster_router.wire.errors import ConfigError
+from training.base import FrozenBase
 from training.config import load_settings
 
 CONFIGS = Path(__file__).parents[2] / "training" / "configs"
@@ -40,6 +42,24 @@ def test_overrides_reach_into_sections(tmp_path: Path) -> None:
     path.write_text("seed: 1")
     settings = load_settings(path, **{"seed": 7, "data.holdout": ["a"]})
     assert (settings.seed, settings.data.holdout) == (7, ("a",))
+
+
+def test_the_budget_baseline_has_at_least_the_numbers_of_the_shipped_recipe(
+    default_model: Path,
+) -> None:
+    full, budget = (load_settings(CONFIGS / f"{name}.yaml") for name in ("full", "budget"))
+    same = {"rank": full.rank, "prototypes": full.prototypes}
+    assert budget.model_copy(update=same) == full
+    assert budget.prototypes.strengths == ()
+    spec, wide = (FrozenBase(default_model).spec("full", s.rank) for s in (full, budget))
+
+    def static_numbers(spec: UpdateSpec) -> int:
+        return sum(spec.rank * (site.in_features + site.out_features) for site in spec.sites)
+
+    assert full.clusters.count is not None
+    cores = full.clusters.count * len(spec.sites) * spec.rank**2
+    least = static_numbers(spec) + cores
+    assert least <= static_numbers(wide) < 1.05 * least
 
 
 def test_the_shipped_recipe_trains_on_nothing_its_licence_forbids() -> None:

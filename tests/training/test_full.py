@@ -77,6 +77,25 @@ def test_each_part_lowers_the_loss_of_held_out_documents(
     assert any(entry["scale"] > 0 for entry in artefact.record["prototypes"])
 
 
+def test_with_no_strengths_every_cluster_gets_the_static_update(
+    full: TrainSettings, trained: tuple[Path, Path], data: Path
+) -> None:
+    alone = full.model_copy(
+        update={
+            "static": full.static.model_copy(update={"steps": 20}),
+            "prototypes": full.prototypes.model_copy(update={"strengths": ()}),
+        }
+    )
+    artefact = TrainJob(alone, data, trained[1], "a test").run(InProcess())
+    assert artefact.record["prototypes"] == []
+    assert [blend["strength"] for blend in artefact.record["blends"]] == [0.0]
+    snapshot = artefact.bundle.snapshot
+    support = torch.full((len(snapshot),), 100.0)
+    generated = artefact.bundle.hypernetwork(torch.from_numpy(snapshot.conditioning), support)
+    assert generated.cores is not None
+    assert not generated.cores.any()
+
+
 def test_a_stopped_run_goes_on_where_it_was(
     full: TrainSettings, trained: tuple[Path, Path], data: Path, tmp_path: Path
 ) -> None:

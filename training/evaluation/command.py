@@ -37,6 +37,11 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, help="of arrival order, controls and bootstrap")
     parser.add_argument("--paper", type=Path, help="a bundle of the paper's form, to compare with")
     parser.add_argument(
+        "--budget",
+        type=Path,
+        help="a bundle trained on the same tokens, whose static update has the whole budget",
+    )
+    parser.add_argument(
         "--holdout", type=Path, help="an evaluated bundle of the same recipe with domains held out"
     )
     parser.add_argument(
@@ -62,6 +67,7 @@ def evaluate(options: argparse.Namespace) -> None:
         settings=_settings(options),
         holdout=options.holdout,
         paper=options.paper,
+        budget=options.budget,
         record=options.record,
     )
     for name, figures in job.run().items():

@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from adapter_gen.bundle import Bundle
 from adapter_gen.update import SharedBases
@@ -22,13 +20,10 @@ from training.evaluation.curves import curves
 from training.evaluation.evaluator import Evaluator, Measured, Subject
 from training.evaluation.figures import GroupFigures
 from training.evaluation.groups import GroupReader, unseen_kind
-from training.evaluation.oracle import bases_of
 from training.evaluation.plots import draw
 from training.evaluation.report import report
 from training.evaluation.settings import SNAPSHOT_VARIANTS, VARIANTS, EvaluateSettings
 from training.evaluation.store import Store
-
-_BUDGET = Path("training") / "budget_static.safetensors"
 
 
 @dataclass(frozen=True)
@@ -44,6 +39,8 @@ class EvaluateJob:
         holdout: folder of a bundle of the same recipe with domains held out, already evaluated:
             its figures on those domains are carried over, named as what they are.
         paper: folder of a bundle of the paper's form, to compare with.
+        budget: folder of a bundle trained on the same tokens, whose static update alone has the
+            hypernetwork's whole trainable budget.
         record: write the figures and the card into the bundle too.
     """
 
@@ -54,20 +51,22 @@ class EvaluateJob:
     settings: EvaluateSettings = field(default_factory=EvaluateSettings)
     holdout: Path | None = None
     paper: Path | None = None
+    budget: Path | None = None
     record: bool = False
 
     def run(self) -> dict[str, Any]:
         """The figures, after they are written.
 
         Raises:
-            BundleError: the bundle is damaged or of another model, or `holdout` has no figures.
+            BundleError: a bundle is damaged or of another model, `holdout` has no figures, or
+                `budget` was trained on other tokens.
             ConfigError: the data cannot be used, or a variant is unknown.
             SetupError: a loss is NaN or infinite, or something cannot be written.
         """
         settings = Artefact.load(self.bundle, None).settings
         base = FrozenBase.resolve(settings.model)
         artefact = Artefact.load(self.bundle, base.fingerprint)
-        subject = self._subject(artefact.bundle, base)
+        subject = self._subject(artefact, base)
         twin = None if self.holdout is None else twin_figures(self.holdout, settings)
         trained = artefact.record["domains"]
         reader = GroupReader.open(
@@ -83,14 +82,27 @@ class EvaluateJob:
             artefact.with_evaluation(evaluation).replace(self.bundle)
         return evaluation
 
-    def _subject(self, bundle: Bundle, base: FrozenBase) -> Subject:
+    def _subject(self, artefact: Artefact, base: FrozenBase) -> Subject:
         paper = None if self.paper is None else Bundle.load(self.paper, base.fingerprint)
         if paper is not None and paper.spec.depth != "paper":
             raise BundleError(
                 f"{self.paper} is of depth {paper.spec.depth!r}; name a bundle of depth 'paper'",
                 "paper",
             )
-        return Subject(bundle, _budget_static(self.bundle / _BUDGET), paper)
+        budget = None if self.budget is None else self._budget_static(artefact, base)
+        return Subject(artefact.bundle, budget, paper)
+
+    def _budget_static(self, artefact: Artefact, base: FrozenBase) -> SharedBases:
+        assert self.budget is not None
+        other = Artefact.load(self.budget, base.fingerprint)
+        for name in ("depth", "seed", "data", "static"):
+            if getattr(other.settings, name) != getattr(artefact.settings, name):
+                raise BundleError(
+                    f"{self.budget} was trained with other settings of {name!r} than "
+                    f"{self.bundle}; a baseline of the same tokens needs the same",
+                    "budget",
+                )
+        return other.bundle.bases
 
     def _figures(
         self, measured: Sequence[Measured], subject: Subject, train: TrainSettings
@@ -134,7 +146,7 @@ class EvaluateJob:
 
     def _left_out(self, done: set[str]) -> Iterator[tuple[str, str]]:
         reasons = {
-            "budget_static": f"the bundle has no {_BUDGET}",
+            "budget_static": "no bundle of the whole budget was named (--budget)",
             "paper": "no bundle of the paper's form was named (--paper)",
         }
         for name in self.settings.chosen():
@@ -193,16 +205,6 @@ def _rows(group: Measured) -> Iterator[dict[str, Any]]:
                 if np.isfinite(sums[index])
             },
         }
-
-
-def _budget_static(path: Path) -> SharedBases | None:
-    """The budget-matched static update that a training run may leave beside the bundle."""
-    if not path.exists():
-        return None
-    try:
-        return bases_of(load_file(path))
-    except (SafetensorError, OSError, KeyError) as error:
-        raise BundleError(f"{path} is damaged: {error}; remove or replace it", "bundle") from error
 
 
 def twin_figures(path: Path, settings: TrainSettings) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import json
 import shutil
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster_router.wire.errors import ConfigError, SetupError
+from cluster_router.wire.errors import BundleError, ConfigError, SetupError
 from training.artefact import Artefact
 from training.cli import main
 from training.evaluation.job import EvaluateJob
@@ -167,6 +168,28 @@ def test_figures_reach_the_bundle_only_when_asked_for(
         (finished / "evaluation.json").read_text()
     )
     assert "### Unseen domains, never trained on" in (copy / "README.md").read_text()
+
+
+def test_a_baseline_of_the_whole_budget(
+    bundle: Path, random_artefact: Artefact, data: Path, cheap: EvaluateSettings, tmp_path: Path
+) -> None:
+    wide, other = tmp_path / "wide", tmp_path / "other"
+    bases = random_artefact.bundle.bases
+    doubled = dataclasses.replace(bases, u=tuple(2 * u for u in bases.u))
+    wider = dataclasses.replace(random_artefact.bundle, bases=doubled)
+    dataclasses.replace(random_artefact, bundle=wider).save(wide)
+    few = cheap.model_copy(update={"variants": ("static", "budget_static", "hyper")})
+    cache = tmp_path / "cache"
+    figures = EvaluateJob(bundle, data, cache, tmp_path / "out", few, budget=wide).run()
+    means = figures["seen"]["mean"]["nats_per_token"]
+    assert means["budget_static"] != means["static"]
+    assert figures["seen"]["mean"]["gains"]["over_budget"][0] == pytest.approx(
+        means["budget_static"] - means["hyper"], abs=2e-5
+    )
+    seeded = random_artefact.settings.model_copy(update={"seed": 5})
+    dataclasses.replace(random_artefact, settings=seeded).save(other)
+    with pytest.raises(BundleError, match="other settings of 'seed'"):
+        EvaluateJob(bundle, data, cache, tmp_path / "out", few, budget=other).run()
 
 
 def test_the_command_line(
