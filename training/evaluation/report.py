@@ -48,7 +48,7 @@ Groups that arrive as a stream: {groups}. Documents of all their domains are int
 (seed {seed}). Contexts of {warmup} further documents of each domain arrive {when}, from splits that
 are not scored; nothing of them is scored, and no document's scored part is ever learned from.
 Clusters begin with {start} and are published every {publish} arrivals; a cluster is refined anew
-when {refine} of its contexts are new (half as many as it had learned from, if that is more), on its
+when {refine} of its contexts are new (as many as it had learned from, if that is more), on its
 latest {buffer}{borrowed}. A document is scored under what its cluster had been refined to before it
 arrived, and joins the cluster only then; so `refined` is the control "others only", and
 `refined_own` its counterpart "own prompt only". Static is the update of a document that resembles

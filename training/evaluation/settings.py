@@ -82,8 +82,8 @@ class StreamSettings(_Settings):
         warmup: whether they arrive before all others, or in between.
         start: whether clusters begin with the bundle's or with none.
         publish_every: arrivals between two publications of the clusters.
-        refine_every: new contexts of a cluster after which it is refined anew; half as many as it
-            had learned from, if that is more.
+        refine_every: new contexts of a cluster after which it is refined anew; as many as it had
+            learned from, if that is more.
         buffer: contexts that refinement learns from: the cluster's latest.
         borrow: whether a cluster with fewer contexts than that also learns from the earlier
             contexts of other clusters that are most like its centroid.

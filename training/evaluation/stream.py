@@ -252,7 +252,7 @@ class _Planner:
     ) -> Refinement | None:
         """A new refinement if enough members are new, else the one before."""
         learned, row = self._learned[cluster], snapshot.row(cluster)
-        due = max(self._settings.refine_every, len(learned) // 2)
+        due = max(self._settings.refine_every, len(learned))
         if row is None or len(set(members) - learned) < due:
             return before
         learned.update(members)
