@@ -1,6 +1,6 @@
 """Fine-tuning a LoRA on one cluster's documents: what a generated update stands in for.
 
-`head`: U, V, the core and the shift, from the shipped static update, with AdamW on the documents'
+`head`: U, V, the core and the shift, from an update of zero, with AdamW on the documents'
 hidden states, which are computed once. Stopped early on a quarter of the documents. Counted are
 the hidden states of the training documents and the steps up to the best one; neither validation nor
 the steps that early stopping needs to be sure, although whoever tunes has to pay for them.

@@ -3,11 +3,11 @@
     OMP_NUM_THREADS=2 python tests/bench/generation_cost.py --out runs/generation_cost
     python tests/bench/generation_cost.py --device cuda --data ../shared/data
 
-One run on one device measures both sides, for the shipped bundle (`head`) and for every linear of
-the default model at rank 16 (`full`, a hypernetwork of random weights: its cost does not depend on
-them). How the fine-tuning is done is told in `cluster_finetune.py`. Text comes from `--data` (as
-`python -m training train` takes it), from `--text` (files, each one document), or else from the
-modules of Python's standard library. Writes generation_cost.json and .md to `--out`.
+One run on one device measures both sides: for the shipped bundle, and for core hypernetworks of
+random weights at depth `full` and `head` (what they cost does not depend on their weights). How the
+fine-tuning is done is told in `cluster_finetune.py`. Text comes from `--data` (as `python -m training
+train` takes it), from `--text` (files, each one document), or else from the modules of Python's
+standard library. Writes generation_cost.json and .md to `--out`.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from adapter_gen.bundle import Bundle
 from adapter_gen.generator import AdapterGenerator
 from adapter_gen.hypernetwork import CoreConfig
 from adapter_gen.sites import discover_sites
+from adapter_gen.update import Depth
 from cluster_router.embedding import TokenEmbedder
 from cluster_router.wire.errors import ConfigError
 from deploy.config import SHIPPED
@@ -84,9 +85,9 @@ def time_generation(bundle: Bundle, device: str, runs: int) -> Generation:
     return Generation(runs, first, median, low, high, size)
 
 
-def full_bundle(shipped: Bundle, model: PreTrainedModel, rank: int) -> Bundle:
-    """A bundle of depth `full` with random weights, over the shipped bundle's clusters."""
-    spec = discover_sites(model, "full", rank)
+def core_bundle(shipped: Bundle, model: PreTrainedModel, depth: Depth, rank: int) -> Bundle:
+    """A core hypernetwork with random weights, over the shipped bundle's clusters."""
+    spec = discover_sites(model, depth, rank)
     hypernetwork = CoreConfig().build(spec, shipped.hypernetwork.conditioning_dim)
     for factor in (hypernetwork.cores, hypernetwork.shift):
         torch.nn.init.normal_(factor.weight, std=0.02)
@@ -125,8 +126,8 @@ def support(bundle: Bundle, path: Path, args: argparse.Namespace) -> tuple[int, 
     return int(bundle.snapshot.ids[row]), members[: args.support]
 
 
-def depth_report(bundle: Bundle, tuned: finetune.Cost, args: argparse.Namespace) -> dict[str, Any]:
-    """Both costs of one depth, and whether they keep within the limits."""
+def both_costs(bundle: Bundle, tuned: finetune.Cost, args: argparse.Namespace) -> dict[str, Any]:
+    """Both costs of one kind of update, and whether they keep within the limits."""
     generation = time_generation(bundle, args.device, args.runs)
     ratio = 1000 * tuned.seconds / generation.median_ms
     return {
@@ -146,15 +147,21 @@ def depth_report(bundle: Bundle, tuned: finetune.Cost, args: argparse.Namespace)
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Everything, depth by depth; generation is timed right after its fine-tuning."""
+    """Everything; generation is timed right after its fine-tuning."""
     torch.manual_seed(args.seed)
     path = resolve_model(DEFAULT_MODEL)
     shipped = Bundle.load(SHIPPED / DEFAULT_MODEL, fingerprint(path))
     cluster, members = support(shipped, path, args)
     model = load_causal_lm(path, auto_dtype(args.device), args.device)
     split = finetune.Support.of(members)
-    head = finetune.tune_head(model, shipped, split, args.head_steps)
-    report = {
+    tuned = finetune.tune_full(model, shipped.spec, split, args.full_steps)
+    kinds = {"shipped, full": both_costs(shipped, tuned, args)}
+    core = core_bundle(shipped, model, "full", shipped.spec.rank)
+    kinds["core, full"] = both_costs(core, tuned, args)
+    core = core_bundle(shipped, model, "head", args.head_rank)
+    tuned = finetune.tune_head(model, core, split, args.head_steps)
+    kinds["core, head"] = both_costs(core, tuned, args)
+    return {
         "environment": environment(args, model),
         "cluster": {
             "id": cluster,
@@ -162,12 +169,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             "held_out": len(split.held_out),
             "tokens": sum(len(window.tokens) for window in split.train),
         },
-        "head": depth_report(shipped, head, args),
+        "kinds": kinds,
     }
-    full = full_bundle(shipped, model, args.rank)
-    tuned = finetune.tune_full(model, full.spec, split, args.full_steps)
-    report["full"] = depth_report(full, tuned, args)
-    return report
 
 
 def environment(args: argparse.Namespace, model: PreTrainedModel) -> dict[str, Any]:
@@ -190,22 +193,23 @@ def markdown(report: dict[str, Any]) -> str:
         "# Cost of a cluster's update\n",
         f"{where['device']}, {where['threads']} threads, torch {where['torch']}, {where['model']}; "
         f"cluster {cluster['id']}: {cluster['documents']} documents, {cluster['tokens']} tokens.\n",
-        "| depth | sites x rank | bytes | generate: median (p5 to p95; first), ms "
+        "| hypernetwork, depth | sites x rank | bytes | generate: median (p5 to p95; first), ms "
         "| fine-tune, s | ratio (at p95) |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
-    for depth in ("head", "full"):
-        row, gen = report[depth], report[depth]["generation"]
+    kinds = report["kinds"]
+    for kind, row in kinds.items():
+        gen = row["generation"]
         lines.append(
-            f"| {depth} | {row['sites']} x {row['rank']} | {gen['bytes']:,} "
+            f"| {kind} | {row['sites']} x {row['rank']} | {gen['bytes']:,} "
             f"| {gen['median_ms']:.2f} ({gen['p5_ms']:.2f} to {gen['p95_ms']:.2f}; "
             f"{gen['first_ms']:.2f}) | {row['finetune']['seconds']:.2f} "
             f"| {row['ratio']:,.0f} ({row['ratio_at_p95']:,.0f}) |"
         )
-    lines += ["", *(f"- {depth}: {report[depth]['finetune']['how']}" for depth in ("head", "full"))]
-    for depth in ("head", "full"):
-        missed = [name for name, kept in report[depth]["within"].items() if not kept]
-        lines.append(f"- {depth}, limits not kept: {', '.join(missed) or 'none'}")
+    lines += ["", *(f"- {kind}: {row['finetune']['how']}" for kind, row in kinds.items())]
+    for kind, row in kinds.items():
+        missed = [name for name, kept in row["within"].items() if not kept]
+        lines.append(f"- {kind}, limits not kept: {', '.join(missed) or 'none'}")
     return "\n".join(lines) + "\n"
 
 
@@ -217,10 +221,10 @@ def arguments() -> argparse.Namespace:
     source.add_argument("--text", type=Path, nargs="+", help="files, each one document")
     parser.add_argument("--out", type=Path, default=Path("runs/generation_cost"))
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--runs", type=int, default=200, help="updates generated at each depth")
+    parser.add_argument("--runs", type=int, default=200, help="updates generated of each kind")
     parser.add_argument("--documents", type=int, default=200, help="of each domain of --data")
     parser.add_argument("--support", type=int, default=64, help="documents of the cluster at most")
-    parser.add_argument("--rank", type=int, default=16, help="of the full depth")
+    parser.add_argument("--head-rank", type=int, default=32, help="of the head depth")
     parser.add_argument("--head-steps", type=int, default=300, help="most steps at depth head")
     parser.add_argument("--full-steps", type=int, default=3, help="steps timed; 0: all of them")
     parser.add_argument("--seed", type=int, default=0)
