@@ -4,10 +4,10 @@
     python tests/bench/generation_cost.py --device cuda --data ../shared/data
 
 One run on one device measures both sides: for the shipped bundle, and for core hypernetworks of
-random weights at depth `full` and `head` (what they cost does not depend on their weights). How the
-fine-tuning is done is told in `cluster_finetune.py`. Text comes from `--data` (as `python -m training
-train` takes it), from `--text` (files, each one document), or else from the modules of Python's
-standard library. Writes generation_cost.json and .md to `--out`.
+random weights at depth `full` and `head` (what they cost does not depend on their weights). How
+the fine-tuning is done is told in `cluster_finetune.py`. Text comes from `--data` (as `python -m
+training train` takes it), from `--text` (files, each one document), or else from the modules of
+Python's standard library. Writes generation_cost.json and .md to `--out`.
 """
 
 from __future__ import annotations
