@@ -125,7 +125,7 @@ async def test_export_hands_over_the_clusters_key_and_conditioning(
 def test_views(router: ClusterRouter) -> None:
     assert [info.id for info in router.clusters()] == [10, 20]
     assert router.cluster(20).size == 105
-    assert router.snapshot_version == 7
+    assert router.snapshot_version() == 7
     assert router.remaining((1,) * 30) == 2
     assert router.token_text(0) == "<s>"
     assert router.model.name == "tiny"
