@@ -43,6 +43,7 @@ class LearnerWorker:
         self._learners = learners
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="learner")
         self._learned = self._refused = 0
+        self._said: set[type] = set()  # kinds of refusal logged since the last publishing
         self._failures: dict[str, str] = {}
 
     async def learn(self, batches: Batches) -> None:
@@ -84,12 +85,16 @@ class LearnerWorker:
         for namespace, embeddings in batches:
             try:
                 self._learners.learn(namespace, embeddings)
-                self._learned += len(embeddings)
             except ChameleonError as error:
                 self._refused += len(embeddings)
-                logger.error("%d prompts are not learned from: %s", len(embeddings), error)
+                if type(error) not in self._said:
+                    logger.error("prompts are not learned from: %s", error)
+                self._said.add(type(error))
+            else:
+                self._learned += len(embeddings)
 
     def _publish(self) -> None:
+        self._said.clear()
         for namespace in self._learners.namespaces():
             try:
                 self._learners.publish(namespace)

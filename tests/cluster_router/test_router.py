@@ -63,6 +63,20 @@ def test_assignment_is_a_function_of_the_request(router: ClusterRouter) -> None:
     assert router.assign(ask("sail court")).similarity == alone
 
 
+def test_the_learner_is_given_the_embedding_and_nothing_else(
+    router: ClusterRouter, observed: list[tuple[str, np.ndarray]]
+) -> None:
+    router.prepare(ask("sail wind", namespace="a"))
+    router.prepare(ask("sail wind", learn=False))
+    router.assign(ask("sail wind"))
+    router.prepare(ask("judge", adaptation="off"))
+    assert [namespace for namespace, _ in observed] == ["a", ""]
+    assert observed[0][1].shape == (32,)
+    with pytest.raises(RequestError):
+        router.prepare(ask(max_tokens=1000))
+    assert len(observed) == 2
+
+
 def test_unnamed_requests_get_distinct_ids(router: ClusterRouter) -> None:
     names = {router.prepare(ask()).request_id for _ in range(3)}
     assert len(names) == 3

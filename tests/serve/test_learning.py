@@ -25,6 +25,7 @@ pytestmark = pytest.mark.serve
 
 APP = "learning"
 MODEL = "smollm2-135m-instruct"
+BLOCK = 10**9  # ids of the first tenant's clusters begin here, with the bundle's cluster 0
 BUDGET = 200  # requests in which novel traffic must have got its own cluster
 BANKING = (
     "I was charged twice for one transfer and the second payment has not been returned to my "
@@ -43,7 +44,7 @@ def chess(seed: int) -> str:
 
 
 def until(check: Callable[[], T | None], within_s: float = 60) -> T:
-    """What `check` gives once it gives something; errors of a service that restarts are waited out."""
+    """What `check` gives, once it gives something. A service that restarts is waited for."""
     deadline = time.monotonic() + within_s
     last: object = None
     while time.monotonic() < deadline:
@@ -115,7 +116,7 @@ def learned(application: str) -> tuple[Client, int]:
         deadline = time.monotonic() + 5
         while time.monotonic() < deadline:
             found = client.assign(chess(-1))
-            if found["mode"] == "cluster" and found["cluster"] % 10**9 not in before:
+            if found["mode"] == "cluster" and found["cluster"] % BLOCK not in before:
                 return client, found["cluster"]
             time.sleep(0.2)
     raise AssertionError(f"no cluster within {BUDGET} requests")
@@ -134,20 +135,22 @@ def kill(deployment: str) -> None:
 
 
 def test_novel_traffic_gets_its_own_cluster_and_update(learned: tuple[Client, int]) -> None:
-    client, cluster = learned
+    client, _ = learned
+    settled(client)
+
+    def scored(adaptation: object) -> tuple[list[float], dict[str, Any]]:
+        scoring = {"max_tokens": 0, "echo": True, "logprobs": 0, "learn": False}
+        answer = client.complete(chess(-1), adaptation=adaptation, **scoring)
+        return answer["choices"][0]["logprobs"]["token_logprobs"][1:], answer["adaptation"]
+
+    own, used = scored("auto")
+    cluster = used["cluster"]
     [view] = [one for one in client.clusters()["data"] if one["id"] == cluster]
     assert view["size"] >= 4
-
-    def scored(adaptation: object) -> tuple[list[float], str]:
-        scoring = {"max_tokens": 0, "echo": True, "logprobs": 0, "learn": False}
-        answer = client.complete(chess(-2), adaptation=adaptation, **scoring)
-        key = answer["adaptation"]["adapter_key"]
-        return answer["choices"][0]["logprobs"]["token_logprobs"][1:], key
-
-    own, key = scored("auto")
-    assert key == scored(cluster)[1]
-    assert own == scored(cluster)[0]
-    assert own not in (scored("off")[0], scored(int(view["id"]) // 10**9 * 10**9)[0])
+    assert view["adapter_key"] == used["adapter_key"]
+    forced, by_force = scored(cluster)
+    assert (forced, by_force["adapter_key"]) == (own, used["adapter_key"])
+    assert own not in (scored("off")[0], scored(BLOCK)[0])
     adapter = client.http.get(
         f"/v1/clusters/{cluster}/adapter", params={"namespace": client.namespace}
     )
