@@ -98,7 +98,8 @@ async def test_while_nothing_can_be_saved_learning_goes_on(
     folder.unlink()
     await worker.publish()
     assert worker.status().failures == ()
-    assert len(stored(folder)) == 6, "all four new topics"
+    nearest = stored(folder).centroids.max(0)  # how near a cluster is to each topic
+    assert nearest[5:9].min() > 0.9, "all four new topics are known"
 
 
 async def test_what_cannot_be_learned_from_is_counted(
