@@ -20,6 +20,7 @@ from pydantic import ValidationError
 
 from cluster_router.wire.errors import ChameleonError, RequestError
 from cluster_router.wire.types import (
+    DEFAULT_NAMESPACE,
     Assignment,
     ClusterInfo,
     GenerateRequest,
@@ -72,7 +73,7 @@ class Handle(Protocol):
     @property
     def assign(self) -> Method[[GenerateRequest], Response[Assignment]]: ...  # noqa: D102
     @property
-    def clusters(self) -> Method[[], Response[list[ClusterInfo]]]: ...  # noqa: D102
+    def clusters(self) -> Method[[str], Response[list[ClusterInfo]]]: ...  # noqa: D102
     def options(self, *, stream: bool) -> Handle: ...  # noqa: D102
 
 
@@ -88,6 +89,8 @@ class ChameleonClient:
         *,
         sampling: SamplingParams | None = None,
         adaptation: AdaptationMode = "auto",
+        namespace: str = DEFAULT_NAMESPACE,
+        learn: bool = True,
         request_id: str = "",
     ) -> GenerateResult:
         """Answer `prompt` whole.
@@ -95,7 +98,7 @@ class ChameleonClient:
         Raises:
             ChameleonError: whatever the service raised.
         """
-        request = _request(prompt, sampling, adaptation, request_id)
+        request = _request(prompt, sampling, adaptation, namespace, learn, request_id)
         return await _wait(self._handle.generate.remote(request))
 
     async def stream(
@@ -104,6 +107,8 @@ class ChameleonClient:
         *,
         sampling: SamplingParams | None = None,
         adaptation: AdaptationMode = "auto",
+        namespace: str = DEFAULT_NAMESPACE,
+        learn: bool = True,
         request_id: str = "",
     ) -> AsyncGenerator[TokenChunk, None]:
         """Stream the answer to `prompt`.
@@ -114,7 +119,7 @@ class ChameleonClient:
         Raises:
             ChameleonError: whatever the service raised, with the first chunk or later.
         """
-        request = _request(prompt, sampling, adaptation, request_id)
+        request = _request(prompt, sampling, adaptation, namespace, learn, request_id)
         chunks = self._handle.options(stream=True).stream.remote(request)
         try:
             async for chunk in chunks:
@@ -125,13 +130,20 @@ class ChameleonClient:
             chunks.cancel()
             raise
 
-    async def assign(self, prompt: Prompt, *, adaptation: AdaptationMode = "auto") -> Assignment:
-        """What `prompt` would run under. Nothing is generated."""
-        return await _wait(self._handle.assign.remote(_request(prompt, _NOTHING, adaptation)))
+    async def assign(
+        self,
+        prompt: Prompt,
+        *,
+        adaptation: AdaptationMode = "auto",
+        namespace: str = DEFAULT_NAMESPACE,
+    ) -> Assignment:
+        """What `prompt` would run under. Nothing is generated, and nothing learned."""
+        request = _request(prompt, _NOTHING, adaptation, namespace, learn=False)
+        return await _wait(self._handle.assign.remote(request))
 
-    async def clusters(self) -> list[ClusterInfo]:
-        """Every cluster that is served now."""
-        return await _wait(self._handle.clusters.remote())
+    async def clusters(self, namespace: str = DEFAULT_NAMESPACE) -> list[ClusterInfo]:
+        """Every cluster that `namespace` uses now."""
+        return await _wait(self._handle.clusters.remote(namespace))
 
 
 class SyncChameleonClient:
@@ -153,6 +165,8 @@ class SyncChameleonClient:
         *,
         sampling: SamplingParams | None = None,
         adaptation: AdaptationMode = "auto",
+        namespace: str = DEFAULT_NAMESPACE,
+        learn: bool = True,
         request_id: str = "",
     ) -> GenerateResult:
         """Answer `prompt` whole.
@@ -161,7 +175,7 @@ class SyncChameleonClient:
             ChameleonError: whatever the service raised.
             TimeoutError: the answer took longer than `timeout_s`; the request is cancelled.
         """
-        request = _request(prompt, sampling, adaptation, request_id)
+        request = _request(prompt, sampling, adaptation, namespace, learn, request_id)
         return self._wait(self._handle.generate.remote(request))
 
     def stream(
@@ -170,6 +184,8 @@ class SyncChameleonClient:
         *,
         sampling: SamplingParams | None = None,
         adaptation: AdaptationMode = "auto",
+        namespace: str = DEFAULT_NAMESPACE,
+        learn: bool = True,
         request_id: str = "",
     ) -> Generator[TokenChunk, None, None]:
         """Stream the answer to `prompt`; closing the generator cancels the request.
@@ -177,7 +193,7 @@ class SyncChameleonClient:
         Raises:
             ChameleonError: whatever the service raised, with the first chunk or later.
         """
-        request = _request(prompt, sampling, adaptation, request_id)
+        request = _request(prompt, sampling, adaptation, namespace, learn, request_id)
         chunks = self._handle.options(stream=True).stream.remote(request)
         try:
             yield from chunks
@@ -187,13 +203,20 @@ class SyncChameleonClient:
             chunks.cancel()
             raise
 
-    def assign(self, prompt: Prompt, *, adaptation: AdaptationMode = "auto") -> Assignment:
-        """What `prompt` would run under. Nothing is generated."""
-        return self._wait(self._handle.assign.remote(_request(prompt, _NOTHING, adaptation)))
+    def assign(
+        self,
+        prompt: Prompt,
+        *,
+        adaptation: AdaptationMode = "auto",
+        namespace: str = DEFAULT_NAMESPACE,
+    ) -> Assignment:
+        """What `prompt` would run under. Nothing is generated, and nothing learned."""
+        request = _request(prompt, _NOTHING, adaptation, namespace, learn=False)
+        return self._wait(self._handle.assign.remote(request))
 
-    def clusters(self) -> list[ClusterInfo]:
-        """Every cluster that is served now."""
-        return self._wait(self._handle.clusters.remote())
+    def clusters(self, namespace: str = DEFAULT_NAMESPACE) -> list[ClusterInfo]:
+        """Every cluster that `namespace` uses now."""
+        return self._wait(self._handle.clusters.remote(namespace))
 
     def _wait(self, response: Response[T]) -> T:
         try:
@@ -229,6 +252,8 @@ def _request(
     prompt: Prompt,
     sampling: SamplingParams | None,
     adaptation: AdaptationMode,
+    namespace: str,
+    learn: bool,
     request_id: str = "",
 ) -> GenerateRequest:
     if isinstance(prompt, str):
@@ -241,6 +266,8 @@ def _request(
                 field: prompt,
                 "sampling": sampling or SamplingParams(),
                 "adaptation": adaptation,
+                "namespace": namespace,
+                "learn": learn,
                 "request_id": request_id,
             }
         )

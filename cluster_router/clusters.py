@@ -23,16 +23,20 @@ class _Clusters:
     snapshot: ClusterSnapshot
     index: CentroidIndex
     describe: Describe
-
+    described_from: int
     words: dict[int, tuple[str, ...]] = field(default_factory=dict)
 
     def words_of(self, rows: Sequence[int]) -> list[tuple[str, ...]]:
-        """Characteristic tokens of the clusters in `rows`, found when first asked for."""
-        missing = [row for row in rows if row not in self.words]
+        """Characteristic tokens of the clusters in `rows`, found when first asked for.
+
+        Those of a small cluster would say what few people wrote: it has none.
+        """
+        large = self.snapshot.sizes >= self.described_from
+        missing = [row for row in rows if large[row] and row not in self.words]
         if missing:
             directions = self.snapshot.centroids[missing] - self.snapshot.mean
             self.words.update(zip(missing, self.describe(directions), strict=True))
-        return [self.words[row] for row in rows]
+        return [self.words.get(row, ()) for row in rows]
 
 
 class Assigner:
@@ -45,6 +49,7 @@ class Assigner:
         hypernetwork: content id of the hypernetwork checkpoint, for adapter keys. None where
             nothing can be adapted: every request then runs on the base model.
         describe: names clusters for people; without it they are shown without words.
+        described_from: prompts that a cluster must stand for to be described.
     """
 
     def __init__(
@@ -54,11 +59,13 @@ class Assigner:
         base: str,
         hypernetwork: str | None,
         describe: Describe | None = None,
+        described_from: int = 0,
     ) -> None:
         self._index_factory = index_factory
         self._base = base
         self._hypernetwork = hypernetwork
         self._describe = describe or _no_words
+        self._described_from = described_from
         self._clusters = self._build(snapshot)
 
     @property
@@ -125,7 +132,8 @@ class Assigner:
         return self._infos(clusters, [_row(clusters.snapshot, cluster)])[0]
 
     def _build(self, snapshot: ClusterSnapshot) -> _Clusters:
-        return _Clusters(snapshot, self._index_factory(snapshot.centroids), self._describe)
+        index = self._index_factory(snapshot.centroids)
+        return _Clusters(snapshot, index, self._describe, self._described_from)
 
     def _key(self, snapshot: ClusterSnapshot, row: int | None) -> AdapterKey:
         assert self._hypernetwork is not None, "a snapshot with clusters needs a hypernetwork"

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from cluster_router.clusters import Assigner
 from cluster_router.embedding import TokenEmbedder
 from cluster_router.prompts import PromptEncoder
+from cluster_router.tenants import TenantAssigners
 from cluster_router.wire.errors import EngineError
 from cluster_router.wire.types import (
+    DEFAULT_NAMESPACE,
     Adaptation,
     AdapterKey,
     Assignment,
     ClusterInfo,
     Conditioning,
+    FloatArray,
     GenerateRequest,
     GenerateResult,
     TokenChunk,
@@ -52,47 +54,63 @@ class ServedModel:
 
 
 class ClusterRouter:
-    """Serves requests. It holds no state of its own but what it is given."""
+    """Serves requests. It holds no state of its own but what it is given.
+
+    Args:
+        model: what is served.
+        prompts: tokenises.
+        embedder: embeds.
+        assigners: choose clusters, by namespace.
+        worker: answers.
+        exporter: writes updates for download.
+        observe: given namespace and embedding of each prompt that may be learned from. It must
+            return at once and never fail.
+    """
 
     def __init__(
         self,
         model: ServedModel,
         prompts: PromptEncoder,
         embedder: TokenEmbedder,
-        assigner: Assigner,
+        assigners: TenantAssigners,
         worker: Worker,
         exporter: Exporter,
+        observe: Callable[[str, FloatArray], None] | None = None,
     ) -> None:
         self._model = model
         self._prompts = prompts
         self._embedder = embedder
-        self._assigner = assigner
+        self._assigners = assigners
         self._worker = worker
         self._exporter = exporter
+        self._observe = observe
 
     @property
     def model(self) -> ServedModel:
         """What is served."""
         return self._model
 
-    @property
-    def snapshot_version(self) -> int:
-        """Version of the clusters in use."""
-        return self._assigner.snapshot.version
+    def snapshot_version(self, namespace: str = DEFAULT_NAMESPACE) -> int:
+        """Version of the clusters that `namespace` uses."""
+        return self._assigners.of(namespace).snapshot.version
 
     def prepare(self, request: GenerateRequest) -> TokenizedRequest:
-        """Validate, tokenise, embed and assign.
+        """Validate, tokenise, embed and assign; the assignment holds whatever is learned later.
 
         Raises:
             RequestError: see `PromptEncoder.encode` and `Assigner.assign`.
         """
         encoded = self._prompts.encode(request)
         embedding = self._embedder.embed(encoded.content_tokens)
+        assigner = self._assigners.of(request.namespace)
+        assignment = assigner.assign(embedding, request.adaptation)
+        if request.learn and self._observe is not None:
+            self._observe(request.namespace, embedding)
         return TokenizedRequest(
             request_id=request.request_id or uuid.uuid4().hex,
             prompt_tokens=encoded.prompt_tokens,
             sampling=request.sampling,
-            assignment=self._assigner.assign(embedding, request.adaptation),
+            assignment=assignment,
         )
 
     def remaining(self, prompt_tokens: Sequence[int]) -> int:
@@ -131,32 +149,32 @@ class ClusterRouter:
         return collect(prepared, [chunk async for chunk in self.run(prepared)])
 
     def assign(self, request: GenerateRequest) -> Assignment:
-        """What `request` would run under. Nothing is generated.
+        """What `request` would run under. Nothing is generated, and nothing learned.
 
         Raises:
             RequestError: see `prepare`.
         """
-        return self.prepare(request).assignment
+        return self.prepare(request.model_copy(update={"learn": False})).assignment
 
-    def clusters(self) -> list[ClusterInfo]:
-        """Every cluster of the current snapshot."""
-        return self._assigner.clusters()
+    def clusters(self, namespace: str = DEFAULT_NAMESPACE) -> list[ClusterInfo]:
+        """Every cluster that `namespace` uses now."""
+        return self._assigners.of(namespace).clusters()
 
-    def cluster(self, id: int) -> ClusterInfo:
-        """One cluster.
+    def cluster(self, id: int, namespace: str = DEFAULT_NAMESPACE) -> ClusterInfo:
+        """One cluster of `namespace`.
 
         Raises:
             UnknownClusterError: no cluster has this id.
         """
-        return self._assigner.cluster(id)
+        return self._assigners.of(namespace).cluster(id)
 
-    async def export(self, id: int) -> bytes:
+    async def export(self, id: int, namespace: str = DEFAULT_NAMESPACE) -> bytes:
         """A cluster's update as a zip archive of a PEFT adapter.
 
         Raises:
             UnknownClusterError: no cluster has this id.
         """
-        return await self._exporter.export(*self._assigner.conditioning(id))
+        return await self._exporter.export(*self._assigners.of(namespace).conditioning(id))
 
     def token_text(self, token: int) -> str:
         """Text of one token, decoded alone.

@@ -11,23 +11,33 @@ from ray import serve
 from ray.serve import Application
 
 from deploy.config import AppConfig
+from deploy.learning import LearnerReplica
 from deploy.parts import GeneratorReplica, LMReplica, RouterReplica
 
 
 def build(config: AppConfig) -> Application:
-    """Bind router, generator and LM replicas.
+    """Bind router, learner, generator and LM replicas.
 
     Raises:
         pydantic.ValidationError: a setting is unknown or out of range.
         ConfigError: the bundle does not exist.
     """
-    generator = None
+    generator = learner = None
     if config.bundle_path is not None:
         generator = (
             serve.deployment(GeneratorReplica)
             .options(name="AdapterGenerator", ray_actor_options={"num_cpus": 0.1})
             .bind(config)
         )
+        if config.learner.enabled:
+            # Never more than one: it is the only writer of clusters.
+            learner = (
+                serve.deployment(LearnerReplica)
+                .options(
+                    name="CentroidLearner", num_replicas=1, ray_actor_options={"num_cpus": 0.1}
+                )
+                .bind(config)
+            )
     # Serve must let every request through to the engine, which has the queues by cluster.
     capacity = config.engine.max_sequences + config.engine.max_queued
     lm = (
@@ -45,4 +55,4 @@ def build(config: AppConfig) -> Application:
         max_ongoing_requests=2 * capacity,
         ray_actor_options={"num_cpus": 0.1},
     )
-    return router.bind(config, lm, generator)
+    return router.bind(config, lm, generator, learner)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from cluster_router.index import Device
+from cluster_router.learning.config import LearnerConfig
 from cluster_router.wire.errors import ConfigError
 from lm_workers.config import EngineConfig
 from lm_workers.models import DEFAULT_MODEL
@@ -23,11 +24,14 @@ class RouterConfig(BaseModel):
         index_device: where FAISS searches the centroids.
         chat_max_tokens: longest chat answer when the request sets none; None is all that is left
             of the context.
+        described_from: prompts that a cluster must stand for before its characteristic words are
+            shown; those of a smaller one would say what few people wrote.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     index_device: Device = "auto"
+    described_from: Annotated[int, Field(ge=0)] = 20
     chat_max_tokens: Annotated[int, Field(gt=0)] | None = None
 
 
@@ -45,6 +49,43 @@ class GeneratorConfig(BaseModel):
     device: str = "cpu"
 
 
+class LearningConfig(BaseModel):
+    """How clusters follow the traffic. Without a bundle nothing is learned.
+
+    Attributes:
+        enabled: whether anything is learned; if not, the bundle's clusters are served as they are.
+        uri: folder or URI (`s3://bucket/clusters`) in which clusters are kept, each bundle's in a
+            folder of its own; None is this user's cache. Routers and learner must all reach it, so
+            services on several machines have to name one.
+        publish_interval_s: how often what was learned is saved for the routers; a crash loses no
+            more than this.
+        poll_interval_s: how often routers look for what was published.
+        batch_size: prompts that a router sends to the learner without further delay.
+        batch_interval_s: longest that a prompt's embedding waits for others.
+        buffer_size: most embeddings that wait in a router; beyond it the oldest are dropped.
+        max_namespaces: how many may learn, and how many a router keeps at once.
+        clusters: settings of the clustering itself.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    enabled: bool = True
+    uri: Annotated[str, Field(min_length=1)] | None = None
+    publish_interval_s: Annotated[float, Field(gt=0, le=3600)] = 5.0
+    poll_interval_s: Annotated[float, Field(gt=0, le=3600)] = 2.0
+    batch_size: Annotated[int, Field(gt=0)] = 64
+    batch_interval_s: Annotated[float, Field(gt=0, le=60)] = 0.2
+    buffer_size: Annotated[int, Field(gt=0)] = 4096
+    max_namespaces: Annotated[int, Field(gt=0)] = 64
+    clusters: LearnerConfig = LearnerConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> LearningConfig:
+        if self.buffer_size < self.batch_size:
+            raise ValueError("buffer_size must hold a batch; raise it or lower batch_size")
+        return self
+
+
 class AppConfig(BaseModel):
     """What is served, and how.
 
@@ -52,8 +93,8 @@ class AppConfig(BaseModel):
         model: the embedded default's name, a Hugging Face id, a local folder or a GGUF file.
         served_name: name clients use in `model`; None is `model` itself.
         bundle: name of a shipped bundle or path of one; None serves the base model unadapted.
-        engine, router, generator: settings of the parts. How many replicas of each, and on what
-            resources, is Serve's own `deployments:` section.
+        engine, router, generator, learner: settings of the parts. How many replicas of each, and
+            on what resources, is Serve's own `deployments:` section.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -64,6 +105,7 @@ class AppConfig(BaseModel):
     engine: EngineConfig = EngineConfig()
     router: RouterConfig = RouterConfig()
     generator: GeneratorConfig = GeneratorConfig()
+    learner: LearningConfig = LearningConfig()
 
     @property
     def name(self) -> str:

@@ -1,4 +1,4 @@
-"""The three deployments: what each replica builds, and how they reach each other through Serve.
+"""Router, generator and LM replicas: what each builds, and how they reach each other.
 
 The classes are plain; `deploy/app.py` decorates and binds them. Each wraps an object that knows
 nothing of Ray.
@@ -28,6 +28,7 @@ from cluster_router.vocabulary import CharacteristicTokens
 from cluster_router.wire.errors import BundleError, UnavailableError
 from cluster_router.wire.snapshot import ClusterSnapshot
 from cluster_router.wire.types import (
+    DEFAULT_NAMESPACE,
     AdapterKey,
     Assignment,
     ClusterInfo,
@@ -38,6 +39,7 @@ from cluster_router.wire.types import (
     TokenizedRequest,
 )
 from deploy.config import AppConfig
+from deploy.learning import RouterLearning
 from lm_workers.build import build_engine
 from lm_workers.models import (
     ModelInfo,
@@ -178,7 +180,11 @@ class RouterReplica:
     """Serves a ClusterRouter, over HTTP and to Python handles."""
 
     def __init__(
-        self, config: AppConfig, lm: DeploymentHandle, generator: DeploymentHandle | None
+        self,
+        config: AppConfig,
+        lm: DeploymentHandle,
+        generator: DeploymentHandle | None,
+        learner: DeploymentHandle | None,
     ) -> None:
         self._config = config
         path = resolve_model(config.model)
@@ -194,6 +200,19 @@ class RouterReplica:
             info.vocab_size,
             _embedded_tokens(bundle, info.context_length),
         )
+        describe = CharacteristicTokens(embedding, prompts.token_text)
+
+        def assigner() -> Assigner:
+            return Assigner(
+                snapshot=snapshot,
+                index_factory=lambda rows: FaissIndex(rows, config.router.index_device),
+                base=info.fingerprint,
+                hypernetwork=None if bundle is None else bundle.hypernetwork_id,
+                describe=describe,
+                described_from=config.router.described_from,
+            )
+
+        learning = RouterLearning(config.learner, bundle, learner, assigner)
         self._router = ClusterRouter(
             model=ServedModel(
                 name=config.name,
@@ -203,15 +222,10 @@ class RouterReplica:
             ),
             prompts=prompts,
             embedder=TokenEmbedder(embedding, None if bundle is None else bundle.token_weights),
-            assigner=Assigner(
-                snapshot=snapshot,
-                index_factory=lambda rows: FaissIndex(rows, config.router.index_device),
-                base=info.fingerprint,
-                hypernetwork=None if bundle is None else bundle.hypernetwork_id,
-                describe=CharacteristicTokens(embedding, prompts.token_text),
-            ),
+            assigners=learning.assigners,
             worker=self._lm,
             exporter=RemoteGenerator(generator),
+            observe=learning.observe,
         )
 
     def __serve_build_asgi_app__(self) -> FastAPI:
@@ -240,9 +254,9 @@ class RouterReplica:
         """See ClusterRouter.assign."""
         return self._router.assign(request)
 
-    async def clusters(self) -> list[ClusterInfo]:
+    async def clusters(self, namespace: str = DEFAULT_NAMESPACE) -> list[ClusterInfo]:
         """See ClusterRouter.clusters."""
-        return self._router.clusters()
+        return self._router.clusters(namespace)
 
     async def _readiness(self) -> str | None:
         return None if await self._lm.ready() else "the engine's thread has ended"

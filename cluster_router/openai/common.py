@@ -14,9 +14,15 @@ from pydantic import (
     WithJsonSchema,
 )
 
+from cluster_router.wire.types import Namespace
+
 MAX_STOPS = 16
 MAX_CHOICES = 128
 
+NAMESPACE = (
+    "Extension. Tenant whose clusters are used; each has its own, which no other tenant's prompts "
+    "move. At most 128 printable characters."
+)
 INTEGER = {"type": "integer", "minimum": 0}
 TOKENS = {"type": "array", "items": INTEGER, "minItems": 1}
 TEXTS = {"type": "array", "items": {"type": "string"}, "minItems": 1}
@@ -137,6 +143,12 @@ class SamplingFields(Strict):
         None,
         description="Extension. `auto` assigns a cluster, `off` uses the unadapted base model, "
         "a number forces that cluster.",
+    )
+    namespace: Namespace | None = Field(None, description=NAMESPACE)
+    learn: bool | None = Field(
+        None,
+        description="Extension. By default clusters learn from the prompt's embedding; `false` "
+        "keeps it out of all statistics.",
     )
 
     def sampling(self) -> Iterator[tuple[str, Any]]:

@@ -14,7 +14,13 @@ from cluster_router.openai.chat import ChatLayout, ChatMessage, ChatRequest
 from cluster_router.openai.common import SamplingFields
 from cluster_router.openai.completions import CompletionLayout, CompletionRequest, Prompt
 from cluster_router.wire.errors import RequestError, UnknownModelError
-from cluster_router.wire.types import GenerateRequest, Message, SamplingParams, TokenizedRequest
+from cluster_router.wire.types import (
+    DEFAULT_NAMESPACE,
+    GenerateRequest,
+    Message,
+    SamplingParams,
+    TokenizedRequest,
+)
 
 if TYPE_CHECKING:
     from cluster_router.router import ClusterRouter
@@ -137,6 +143,8 @@ def _generate(
         **as_prompt(prompt),
         sampling=sampling,
         adaptation="auto" if body.adaptation is None else body.adaptation,
+        namespace=body.namespace or DEFAULT_NAMESPACE,
+        learn=body.learn is not False,
     )
 
 

@@ -6,20 +6,28 @@ import re
 from dataclasses import asdict
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Path, Response
+from fastapi import APIRouter, Path, Query, Response
+from pydantic import Field
 
 from cluster_router.openai.answers import describe
 from cluster_router.openai.body import StrictRoute
 from cluster_router.openai.chat import ChatMessage
-from cluster_router.openai.common import AdaptationChoice, Strict
+from cluster_router.openai.common import NAMESPACE, AdaptationChoice, Strict
 from cluster_router.openai.completions import Prompts
 from cluster_router.openai.convert import as_messages, as_prompt, check_model
 from cluster_router.openai.schema import AssignmentView, ClusterList, ClusterView
 from cluster_router.openai.service import ServiceSource
 from cluster_router.wire.errors import RequestError
-from cluster_router.wire.types import ClusterInfo, GenerateRequest, SamplingParams
+from cluster_router.wire.types import (
+    DEFAULT_NAMESPACE,
+    ClusterInfo,
+    GenerateRequest,
+    Namespace,
+    SamplingParams,
+)
 
 ClusterId = Annotated[int, Path(ge=0, lt=2**63, description="The cluster's stable id.")]
+Tenant = Annotated[Namespace, Query(description=NAMESPACE)]
 
 
 class AssignRequest(Strict):
@@ -28,6 +36,7 @@ class AssignRequest(Strict):
     prompt: Prompts | None = None
     messages: list[ChatMessage] | None = None
     adaptation: AdaptationChoice | None = None
+    namespace: Namespace | None = Field(None, description=NAMESPACE)
     model: str | None = None
 
 
@@ -36,14 +45,15 @@ def inspection_routes(service: ServiceSource) -> APIRouter:
     router = APIRouter(prefix="/v1", tags=["clusters"], route_class=StrictRoute)
 
     @router.get("/clusters", response_model=ClusterList, summary="List the clusters")
-    async def list_clusters() -> Any:
+    async def list_clusters(namespace: Tenant = DEFAULT_NAMESPACE) -> Any:
         source = service()
-        data = [_view(cluster) for cluster in source.clusters()]
-        return {"object": "list", "snapshot_version": source.snapshot_version, "data": data}
+        data = [_view(cluster) for cluster in source.clusters(namespace)]
+        version = source.snapshot_version(namespace)
+        return {"object": "list", "snapshot_version": version, "data": data}
 
     @router.get("/clusters/{cluster}", response_model=ClusterView, summary="Describe a cluster")
-    async def get_cluster(cluster: ClusterId) -> Any:
-        return _view(service().cluster(cluster))
+    async def get_cluster(cluster: ClusterId, namespace: Tenant = DEFAULT_NAMESPACE) -> Any:
+        return _view(service().cluster(cluster, namespace))
 
     @router.get(
         "/clusters/{cluster}/adapter",
@@ -55,9 +65,9 @@ def inspection_routes(service: ServiceSource) -> APIRouter:
         },
         summary="Download a cluster's adapter in PEFT's format",
     )
-    async def get_adapter(cluster: ClusterId) -> Response:
+    async def get_adapter(cluster: ClusterId, namespace: Tenant = DEFAULT_NAMESPACE) -> Response:
         source = service()
-        archive = await source.export(cluster)
+        archive = await source.export(cluster, namespace)
         stem = re.sub(r"[^A-Za-z0-9._-]+", "-", source.model.name).strip("-.")
         name = f"{stem}-cluster-{cluster}.zip"
         headers = {"Content-Disposition": f'attachment; filename="{name}"'}
@@ -93,4 +103,6 @@ def _assignable(body: AssignRequest) -> GenerateRequest:
         **as_prompt(prompt),
         sampling=SamplingParams(max_tokens=0),
         adaptation="auto" if body.adaptation is None else body.adaptation,
+        namespace=body.namespace or DEFAULT_NAMESPACE,
+        learn=False,
     )

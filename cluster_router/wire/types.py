@@ -11,10 +11,23 @@ from typing import Annotated, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 FinishReason = Literal["stop", "length", "abort"]
 FloatArray = NDArray[np.float32]
+
+DEFAULT_NAMESPACE = ""
+"""Namespace of requests that name none."""
+
+
+def _printable(namespace: str) -> str:
+    if len(namespace) > 128 or not namespace.isprintable():
+        raise ValueError("namespace must be at most 128 printable characters.")
+    return namespace
+
+
+Namespace = Annotated[str, AfterValidator(_printable), Field(json_schema_extra={"maxLength": 128})]
+"""Name of a tenant, whose clusters are kept apart from those of others."""
 
 
 class _Frozen(BaseModel):
@@ -59,6 +72,8 @@ class GenerateRequest(_Frozen):
     """What a caller asks: exactly one of `prompt` (text), `prompt_tokens` or `messages`.
 
     `adaptation` is `"auto"` (assign a cluster), `"off"` (the unadapted base model) or a cluster id.
+    `namespace` names the tenant whose clusters are used. With `learn` the prompt's embedding, and
+    nothing else of it, enters the statistics of that tenant's clusters.
     """
 
     prompt: str | None = None
@@ -66,6 +81,8 @@ class GenerateRequest(_Frozen):
     messages: tuple[Message, ...] | None = None
     sampling: SamplingParams = SamplingParams()
     adaptation: Literal["auto", "off"] | Annotated[int, Field(ge=0)] = "auto"
+    namespace: Namespace = DEFAULT_NAMESPACE
+    learn: bool = True
     request_id: str = ""
 
 

@@ -14,6 +14,7 @@ from cluster_router.embedding import TokenEmbedder
 from cluster_router.index import FaissIndex
 from cluster_router.prompts import PromptEncoder
 from cluster_router.router import ClusterRouter, ServedModel
+from cluster_router.tenants import TenantAssigners
 from cluster_router.wire.snapshot import ClusterSnapshot
 from cluster_router.wire.types import AdapterKey, Conditioning, TokenChunk, TokenizedRequest
 
@@ -152,8 +153,14 @@ def exporter() -> RecordingExporter:
 
 
 @pytest.fixture
-def assigner(ship_and_court: ClusterSnapshot) -> Assigner:
-    return Assigner(ship_and_court, FaissIndex, "base", "hyper")
+def assigners(ship_and_court: ClusterSnapshot) -> TenantAssigners:
+    return TenantAssigners(lambda: Assigner(ship_and_court, FaissIndex, "base", "hyper"))
+
+
+@pytest.fixture
+def observed() -> list[tuple[str, np.ndarray]]:
+    """What the router lets the learner know."""
+    return []
 
 
 @pytest.fixture
@@ -161,9 +168,14 @@ def router(
     tokenizer: PreTrainedTokenizerFast,
     prompts: PromptEncoder,
     embedder: TokenEmbedder,
-    assigner: Assigner,
+    assigners: TenantAssigners,
     worker: Any,
     exporter: Any,
+    observed: list[tuple[str, np.ndarray]],
 ) -> ClusterRouter:
     model = ServedModel("tiny", created=1, context_length=32, vocab_size=len(tokenizer))
-    return ClusterRouter(model, prompts, embedder, assigner, worker, exporter)
+
+    def observe(namespace: str, embedding: np.ndarray) -> None:
+        observed.append((namespace, embedding))
+
+    return ClusterRouter(model, prompts, embedder, assigners, worker, exporter, observe)

@@ -130,6 +130,20 @@ def test_assignments_during_swaps_are_never_mixed(
     assert seen <= {(2, 10), (3, 30)}
 
 
+def test_small_clusters_are_not_described(
+    make_snapshot: Callable[..., ClusterSnapshot],
+) -> None:
+    def describe(directions: np.ndarray) -> list[tuple[str, ...]]:
+        return [("word",)] * len(directions)
+
+    sizes = np.array([19, 20, 21])
+    snapshot = replace(make_snapshot(np.eye(3, 8)), sizes=sizes)
+    assigner = Assigner(snapshot, FaissIndex, "base", "hyper", describe, described_from=20)
+    shown = [info.characteristic_tokens for info in assigner.clusters()]
+    assert shown == [(), ("word",), ("word",)]
+    assert assigner.cluster(10).characteristic_tokens == ()
+
+
 def test_info_names_clusters_by_the_direction_from_the_mean(
     make_snapshot: Callable[..., ClusterSnapshot],
 ) -> None:

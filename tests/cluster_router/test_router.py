@@ -63,6 +63,20 @@ def test_assignment_is_a_function_of_the_request(router: ClusterRouter) -> None:
     assert router.assign(ask("sail court")).similarity == alone
 
 
+def test_the_learner_is_given_the_embedding_and_nothing_else(
+    router: ClusterRouter, observed: list[tuple[str, np.ndarray]]
+) -> None:
+    router.prepare(ask("sail wind", namespace="a"))
+    router.prepare(ask("sail wind", learn=False))
+    router.assign(ask("sail wind"))
+    router.prepare(ask("judge", adaptation="off"))
+    assert [namespace for namespace, _ in observed] == ["a", ""]
+    assert observed[0][1].shape == (32,)
+    with pytest.raises(RequestError):
+        router.prepare(ask(max_tokens=1000))
+    assert len(observed) == 2
+
+
 def test_unnamed_requests_get_distinct_ids(router: ClusterRouter) -> None:
     names = {router.prepare(ask()).request_id for _ in range(3)}
     assert len(names) == 3
@@ -125,7 +139,7 @@ async def test_export_hands_over_the_clusters_key_and_conditioning(
 def test_views(router: ClusterRouter) -> None:
     assert [info.id for info in router.clusters()] == [10, 20]
     assert router.cluster(20).size == 105
-    assert router.snapshot_version == 7
+    assert router.snapshot_version() == 7
     assert router.remaining((1,) * 30) == 2
     assert router.token_text(0) == "<s>"
     assert router.model.name == "tiny"

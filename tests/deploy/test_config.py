@@ -23,7 +23,7 @@ def test_the_shipped_config_is_valid_and_names_real_deployments() -> None:
     assert settings.bundle_path == SHIPPED / DEFAULT
     built = build(settings)
     names = {deployment["name"] for deployment in app["deployments"]}
-    assert names <= {"ClusterRouter", "LMReplica", "AdapterGenerator"}
+    assert names <= {"ClusterRouter", "LMReplica", "AdapterGenerator", "CentroidLearner"}
     assert built._bound_deployment.name == "ClusterRouter"
 
 
@@ -37,6 +37,13 @@ def test_the_shipped_config_is_valid_and_names_real_deployments() -> None:
         ({"engine": {"dtype": "int3"}}, "dtype"),
         ({"router": {"index_device": "tpu"}}, "index_device"),
         ({"model": ""}, "model"),
+        ({"learner": {"enable": False}}, "enable"),
+        ({"learner": {"uri": ""}}, "uri"),
+        ({"learner": {"publish_interval_s": 0}}, "publish_interval_s"),
+        ({"learner": {"batch_size": 64, "buffer_size": 63}}, "buffer_size must hold a batch"),
+        ({"learner": {"max_namespaces": 0}}, "max_namespaces"),
+        ({"learner": {"clusters": {"min_sizes": 4}}}, "min_sizes"),
+        ({"learner": {"clusters": {"window": 4}}}, "window must hold"),
     ],
 )
 def test_settings_that_do_not_exist_or_fit_are_refused(settings: dict, word: str) -> None:

@@ -42,10 +42,14 @@ def free_port() -> int:
 
 
 def settings(port: int) -> dict[str, Any]:
-    """The shipped config on a free port, in float32 so that answers can be compared exactly."""
+    """The shipped config on a free port, in float32 so that answers can be compared exactly.
+
+    Clusters stay as the bundle has them; `test_learning.py` has an application in which they move.
+    """
     config: dict[str, Any] = yaml.safe_load((ROOT / "deploy/config.yaml").read_text())
     config["http_options"]["port"] = port
     config["applications"][0]["args"]["engine"] |= {"dtype": "float32", "max_context": 2048}
+    config["applications"][0]["args"]["learner"] = {"enabled": False}
     return config
 
 

@@ -19,6 +19,7 @@ from cluster_router.http import build_app
 from cluster_router.index import FaissIndex
 from cluster_router.prompts import PromptEncoder
 from cluster_router.router import ClusterRouter, ServedModel
+from cluster_router.tenants import TenantAssigners
 from cluster_router.wire.snapshot import ClusterSnapshot
 from cluster_router.wire.types import TokenChunk, TokenizedRequest, TokenLogprob
 
@@ -44,6 +45,7 @@ class ScriptedWorker:
 
     Attributes:
         requests: what it was asked, in order.
+        observed: namespaces of the prompts that the learner was let know of.
         open: how many of its streams have not been closed.
         refusal: raised before the first chunk. failure: raised after `fails_after` chunks.
         stalls_after: chunks after which it never goes on.
@@ -53,6 +55,7 @@ class ScriptedWorker:
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self.tokenizer = tokenizer
         self.requests: list[TokenizedRequest] = []
+        self.observed: list[str] = []
         self.open = 0
         self.refusal: Exception | None = None
         self.failure: Exception | None = None
@@ -156,9 +159,10 @@ def build_router(worker: ScriptedWorker) -> ClusterRouter:
         ServedModel(MODEL, 1_700_000_000, CONTEXT, 256),
         PromptEncoder(tokenizer, CONTEXT, 256),
         embedder,
-        Assigner(snapshot, FaissIndex, "base", "hyper"),
+        TenantAssigners(lambda: Assigner(snapshot, FaissIndex, "base", "hyper")),
         worker,
         ZipExporter(),
+        lambda namespace, _: worker.observed.append(namespace),
     )
 
 

@@ -71,6 +71,8 @@ async def test_assign_and_answer_agree_on_the_adapter(
         ({"prompt": ""}, 400),
         ({"prompt": "x", "model": "other"}, 404),
         ({"prompt": "x", "adaptation": 99}, 404),
+        ({"prompt": "x", "namespace": "\t"}, 400),
+        ({"prompt": "x", "learn": True}, 400),
         ({"prompt": "x", "temperature": 1}, 400),
     ],
 )
@@ -78,6 +80,31 @@ async def test_assign_refuses(http: httpx.AsyncClient, body: dict[str, Any], sta
     answer = await http.post("/v1/assign", json=body)
     assert answer.status_code == status
     assert answer.json()["error"]["type"] == "invalid_request_error"
+
+
+async def test_assign_does_not_learn(http: httpx.AsyncClient, worker: Any) -> None:
+    await http.post("/v1/assign", json={"prompt": "xxxx"})
+    assert worker.observed == []
+
+
+async def test_what_is_learned_from_and_for_whom(http: httpx.AsyncClient, worker: Any) -> None:
+    ask = {"model": MODEL, "prompt": ["x", "y"], "n": 2}
+    chat = {"model": MODEL, "messages": [{"role": "user", "content": "x"}]}
+    for fields in ({}, {"namespace": "a"}, {"learn": False}, {"learn": True, "namespace": None}):
+        await http.post("/v1/completions", json=ask | fields)
+        await http.post("/v1/chat/completions", json=chat | fields)
+    assert worker.observed == [""] * 3 + ["a"] * 3 + [""] * 3, "once a prompt, not once a choice"
+
+
+@pytest.mark.parametrize("path", ["", "/8", "/8/adapter"])
+async def test_clusters_of_a_namespace(http: httpx.AsyncClient, path: str) -> None:
+    answer = await http.get(f"/v1/clusters{path}", params={"namespace": "new"})
+    assert answer.status_code == 200
+    answer = await http.get(f"/v1/clusters{path}", params={"namespace": "n" * 129})
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert error["param"] == "namespace"
+    assert "at most 128 printable characters" in error["message"]
 
 
 async def test_probes(http: httpx.AsyncClient, stage: SimpleNamespace) -> None:
@@ -95,7 +122,9 @@ async def test_the_openapi_document_names_fields_and_errors(http: httpx.AsyncCli
     schemas = document["components"]["schemas"]
     for name in ("CompletionRequest", "ChatRequest"):
         assert schemas[name]["additionalProperties"] is False
-        assert {"adaptation", "top_k", "seed"} <= set(schemas[name]["properties"])
+        assert {"adaptation", "namespace", "learn", "top_k", "seed"} <= set(
+            schemas[name]["properties"]
+        )
     assert schemas["CompletionRequest"]["required"] == ["model", "prompt"]
     for path, methods in document["paths"].items():
         for method in methods.values():

@@ -16,7 +16,7 @@ from serving_bench.engines.chameleon import engine_config
 from serving_bench.workload import Request, Trace, Workload
 
 from deploy.app import build
-from deploy.config import AppConfig
+from deploy.config import AppConfig, LearningConfig
 
 MODEL = "bench"
 READY_S = 300
@@ -34,6 +34,7 @@ class Service:
             served_name=MODEL,
             bundle=job["bundle"],
             engine=engine_config(job),
+            learner=LearningConfig(enabled=False),  # every run has the same clusters
         )
         serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
         serve.run(build(config), name="chameleon", route_prefix="/")

@@ -1,0 +1,107 @@
+"""LearnerWorker: TenantLearners behind an event loop, learning and publishing in one thread."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import NoReturn
+
+from cluster_router.learning.buffer import Batches
+from cluster_router.learning.tenants import TenantLearners
+from cluster_router.wire.errors import ChameleonError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class LearnerStatus:
+    """What a learner has done since it started, and how it fares.
+
+    Attributes:
+        namespaces: those that learn.
+        learned: prompts.
+        refused: prompts that could not be learned from; the log says why.
+        failures: why namespaces cannot be published at this moment, one sentence each.
+    """
+
+    namespaces: int
+    learned: int
+    refused: int
+    failures: tuple[str, ...]
+
+
+class LearnerWorker:
+    """Keeps the loop free: whatever takes time happens in a thread, in the order it was asked for.
+
+    Args:
+        learners: owned by this worker from now on.
+    """
+
+    def __init__(self, learners: TenantLearners) -> None:
+        self._learners = learners
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="learner")
+        self._learned = self._refused = 0
+        self._said: set[type] = set()  # kinds of refusal logged since the last publishing
+        self._failures: dict[str, str] = {}
+
+    async def learn(self, batches: Batches) -> None:
+        """Learn from `batches`. What cannot be learned from is counted and logged."""
+        await self._run(self._learn, batches)
+
+    async def publish(self) -> None:
+        """Publish every namespace that has learned something.
+
+        What cannot be saved is logged and kept; the next call tries again.
+        """
+        await self._run(self._publish)
+
+    async def publish_every(self, interval_s: float) -> NoReturn:
+        """Publish each `interval_s`, for ever."""
+        while True:
+            await asyncio.sleep(interval_s)
+            await self.publish()
+
+    def status(self) -> LearnerStatus:
+        """Counts at this moment."""
+        return LearnerStatus(
+            namespaces=len(self._learners.namespaces()),
+            learned=self._learned,
+            refused=self._refused,
+            failures=tuple(self._failures.values()),
+        )
+
+    def close(self) -> None:
+        """Let what runs end, and stop the thread."""
+        self._thread.shutdown(cancel_futures=True)
+
+    async def _run(self, *call: object) -> None:
+        await asyncio.get_running_loop().run_in_executor(self._thread, *call)  # type: ignore[arg-type]
+
+    # The rest runs in the thread.
+
+    def _learn(self, batches: Batches) -> None:
+        for namespace, embeddings in batches:
+            try:
+                self._learners.learn(namespace, embeddings)
+            except ChameleonError as error:
+                self._refused += len(embeddings)
+                if type(error) not in self._said:
+                    logger.error("prompts are not learned from: %s", error)
+                self._said.add(type(error))
+            else:
+                self._learned += len(embeddings)
+
+    def _publish(self) -> None:
+        self._said.clear()
+        for namespace in self._learners.namespaces():
+            try:
+                self._learners.publish(namespace)
+            except ChameleonError as error:
+                if namespace not in self._failures:
+                    logger.error("clusters are learned but not published: %s", error)
+                self._failures[namespace] = str(error)
+            else:
+                if self._failures.pop(namespace, None):
+                    logger.warning("clusters are published again")

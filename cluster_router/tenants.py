@@ -1,0 +1,113 @@
+"""TenantAssigners: one Assigner for each namespace, which follows what is published for it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from typing import NoReturn
+
+from cluster_router.clusters import Assigner
+from cluster_router.wire.snapshot import ClusterSnapshot
+from cluster_router.wire.types import DEFAULT_NAMESPACE
+
+NewerSnapshot = Callable[[str, int], ClusterSnapshot | None]
+"""Reads the last snapshot of a namespace, if there is one newer than a version. May block, and
+raise SetupError."""
+
+logger = logging.getLogger(__name__)
+
+
+class TenantAssigners:
+    """Assigners by namespace. A namespace never sees another's clusters.
+
+    Each begins with the clusters that `make` gives it. Lives on one event loop: only there are
+    snapshots swapped, so that whatever does not await sees one moment.
+
+    Args:
+        make: an Assigner over the clusters that every namespace begins with.
+        newer: where published snapshots come from; None where nothing is learned.
+        max_namespaces: how many are kept beside the default one. The least recently used goes;
+            when asked for again, it is read again.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[], Assigner],
+        newer: NewerSnapshot | None = None,
+        max_namespaces: int = 64,
+    ) -> None:
+        self._make = make
+        self._newer = newer or _nothing_newer
+        self._max = max_namespaces
+        self._assigners = OrderedDict({DEFAULT_NAMESPACE: make()})
+        self._failing: set[str] = set()
+        self._unread: set[str] = set()
+        self._asked = asyncio.Event()
+
+    def of(self, namespace: str) -> Assigner:
+        """The Assigner of `namespace`. One heard of first now is read as soon as possible."""
+        if namespace not in self._assigners:
+            self._assigners[namespace] = self._make()
+            self._unread.add(namespace)
+            self._asked.set()
+            if len(self._assigners) > self._max + 1:
+                self._forget(next(name for name in self._assigners if name != DEFAULT_NAMESPACE))
+        self._assigners.move_to_end(namespace)
+        return self._assigners[namespace]
+
+    def namespaces(self) -> list[str]:
+        """Namespaces held, the least recently used first."""
+        return list(self._assigners)
+
+    def load(self, namespace: str = DEFAULT_NAMESPACE) -> None:
+        """Read the last snapshot of `namespace` here and now; blocks, so for start-up."""
+        self._use(namespace, self._read(namespace, self.of(namespace).snapshot.version))
+
+    async def refresh(self, namespaces: Iterable[str]) -> None:
+        """Take up what has been published for `namespaces`. What cannot be read is logged."""
+        for name in namespaces:
+            held = self._assigners.get(name)
+            if held is not None:
+                self._use(name, await asyncio.to_thread(self._read, name, held.snapshot.version))
+
+    async def follow(self, interval_s: float) -> NoReturn:
+        """Refresh every namespace each `interval_s`, and a new one at once."""
+        clock = asyncio.get_running_loop().time
+        while True:
+            await self.refresh(self.namespaces())
+            due = clock() + interval_s
+            while clock() < due:
+                with suppress(TimeoutError):
+                    async with asyncio.timeout_at(due):
+                        await self._asked.wait()
+                unread, self._unread = self._unread, set()
+                self._asked.clear()
+                await self.refresh(unread)
+
+    def _read(self, namespace: str, version: int) -> ClusterSnapshot | None:
+        try:
+            snapshot = self._newer(namespace, version)
+        except Exception as error:  # whatever the store's client raises, requests go on
+            if namespace not in self._failing:
+                logger.error("%s; requests go on with snapshot %d", error, version)
+            self._failing.add(namespace)
+            return None
+        self._failing.discard(namespace)
+        return snapshot
+
+    def _use(self, namespace: str, snapshot: ClusterSnapshot | None) -> None:
+        held = self._assigners.get(namespace)
+        if held is not None and snapshot is not None and snapshot.version > held.snapshot.version:
+            held.swap(snapshot)
+
+    def _forget(self, namespace: str) -> None:
+        del self._assigners[namespace]
+        self._unread.discard(namespace)
+        self._failing.discard(namespace)
+
+
+def _nothing_newer(_namespace: str, _version: int) -> None:
+    return None

@@ -1,0 +1,125 @@
+"""Clusters that follow the traffic: the learner's deployment, and the routers' side of it.
+
+Routers send embeddings to the one learner and forget them; the learner publishes snapshots in a
+folder; routers read them from there. So neither ever waits for the other.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from functools import partial
+
+from ray.serve.handle import DeploymentHandle
+
+from adapter_gen.bundle import Bundle
+from cluster_router.clusters import Assigner
+from cluster_router.learning.buffer import Batches, EmbeddingBuffer
+from cluster_router.learning.tenants import TenantLearners, newer
+from cluster_router.learning.worker import LearnerStatus, LearnerWorker
+from cluster_router.tenants import TenantAssigners
+from cluster_router.wire.errors import ConfigError, UnavailableError
+from cluster_router.wire.types import FloatArray
+from deploy.config import AppConfig, LearningConfig
+from lm_workers.models.source import default_cache
+
+
+def clusters_uri(config: LearningConfig, bundle: Bundle) -> str:
+    """Where the clusters of a bundle are kept: what one bundle learned is of no use to another."""
+    root = config.uri or str(default_cache() / "clusters")
+    return f"{root.rstrip('/')}/{bundle.fingerprint[:16]}-{bundle.hypernetwork_id}"
+
+
+class LearnerReplica:
+    """Serves a LearnerWorker. What was published before is where it goes on from."""
+
+    def __init__(self, config: AppConfig) -> None:
+        path = config.bundle_path
+        if path is None:
+            raise ConfigError("there is no bundle whose clusters could move; set `bundle`")
+        bundle = Bundle.load(path, None)  # whether it fits the base model, the others check
+        if bundle.snapshot.conditioning.shape[1] != bundle.snapshot.dim:
+            raise ConfigError(
+                "this bundle's hypernetwork is not conditioned on centroids, so its clusters "
+                "cannot move; set `learner: {enabled: false}`",
+                "learner",
+            )
+        learning = config.learner
+        self._worker = LearnerWorker(
+            TenantLearners(
+                bundle.snapshot,
+                clusters_uri(learning, bundle),
+                learning.clusters,
+                learning.max_namespaces,
+            )
+        )
+        self._publishing = asyncio.get_running_loop().create_task(
+            self._worker.publish_every(learning.publish_interval_s)
+        )
+
+    async def learn(self, batches: Batches) -> None:
+        """See LearnerWorker.learn."""
+        await self._worker.learn(batches)
+
+    async def status(self) -> LearnerStatus:
+        """See LearnerWorker.status."""
+        return self._worker.status()
+
+    def check_health(self) -> None:
+        """Let Serve replace a learner that publishes no more. A full disk is no reason to."""
+        if self._publishing.done():
+            raise UnavailableError("the learner's publishing has ended")
+
+
+class RemoteLearner:
+    """The learner, seen through its handle."""
+
+    def __init__(self, handle: DeploymentHandle) -> None:
+        self._handle = handle
+
+    async def learn(self, batches: Batches) -> None:
+        """Have the learner learn from `batches`. Cancelling the call takes it back."""
+        response = self._handle.learn.remote(batches)
+        try:
+            await response
+        except asyncio.CancelledError:
+            response.cancel()
+            raise
+
+
+class RouterLearning:
+    """A router's part: embeddings go out, published snapshots come in. For use on an event loop.
+
+    Args:
+        config: the settings.
+        bundle: None where nothing can be adapted.
+        learner: None where nothing is learned; clusters then stay as `make` gives them.
+        make: an Assigner over the bundle's clusters.
+    """
+
+    def __init__(
+        self,
+        config: LearningConfig,
+        bundle: Bundle | None,
+        learner: DeploymentHandle | None,
+        make: Callable[[], Assigner],
+    ) -> None:
+        self.observe: Callable[[str, FloatArray], None] | None = None
+        if bundle is None or learner is None:
+            self.assigners = TenantAssigners(make, None, config.max_namespaces)
+            return
+        published = partial(newer, clusters_uri(config, bundle))
+        self.assigners = TenantAssigners(make, published, config.max_namespaces)
+        self.assigners.load()
+        buffer = EmbeddingBuffer(
+            RemoteLearner(learner).learn,
+            config.batch_size,
+            config.batch_interval_s,
+            config.buffer_size,
+        )
+        self.observe = buffer.add
+        loop = asyncio.get_running_loop()
+        self._tasks = (
+            loop.create_task(buffer.run()),
+            loop.create_task(self.assigners.follow(config.poll_interval_s)),
+        )
