@@ -14,6 +14,7 @@ import json
 import random
 import statistics
 import time
+import uuid
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from dataclasses import asdict, dataclass
@@ -29,7 +30,6 @@ from ray.serve.config import RequestRouterConfig
 from cluster_router.affinity import AffinityPolicy
 from deploy.affinity import router_config, routing_stats
 
-APP = "affinity-bench"
 CONSISTENT_HASH = "ray.serve.experimental.consistent_hash_router:ConsistentHashRouter"
 CROWDING = 0.1
 """Each request that runs beside it makes a step longer by this share."""
@@ -171,7 +171,7 @@ async def send(handle: Any, keys: list[str], option: str | None, clients: int) -
             served[replica] += 1
 
     await asyncio.gather(*(client() for _ in range(clients)))
-    p50, p99 = np.percentile(firsts, [50, 99])
+    p50, p99 = (float(one) for one in np.percentile(firsts, [50, 99]))
     return Measured(sum(loads.values()), sorted(served.values(), reverse=True), p50, p99)
 
 
@@ -186,11 +186,13 @@ def measure(variant: Variant, keys: list[str], args: argparse.Namespace) -> Meas
         graceful_shutdown_wait_loop_s=0.1,
         **({"request_router_config": variant.router} if variant.router else {}),
     )
-    handle = serve.run(deployment.bind(costs), name=APP, route_prefix=None)
+    # A process keeps the router it first had for a name, so each run has a name of its own.
+    app = f"bench-{uuid.uuid4().hex[:8]}"
+    handle = serve.run(deployment.bind(costs), name=app, route_prefix=None)
     try:
         return asyncio.run(send(handle, keys, variant.option, args.clients))
     finally:
-        serve.delete(APP)
+        serve.delete(app)
 
 
 def zipf(args: argparse.Namespace, seed: int) -> list[str]:
