@@ -10,6 +10,7 @@ Only here are deployments made of classes. Replicas, autoscaling and resources a
 from ray import serve
 from ray.serve import Application
 
+from deploy.affinity import router_config
 from deploy.config import AppConfig
 from deploy.learning import LearnerReplica
 from deploy.parts import GeneratorReplica, LMReplica, RouterReplica
@@ -26,7 +27,11 @@ def build(config: AppConfig) -> Application:
     if config.bundle_path is not None:
         generator = (
             serve.deployment(GeneratorReplica)
-            .options(name="AdapterGenerator", ray_actor_options={"num_cpus": 0.1})
+            .options(
+                name="AdapterGenerator",
+                ray_actor_options={"num_cpus": 0.1},
+                request_router_config=router_config(config.routing),
+            )
             .bind(config)
         )
         if config.learner.enabled:
@@ -47,6 +52,7 @@ def build(config: AppConfig) -> Application:
             max_ongoing_requests=capacity,
             ray_actor_options={"num_cpus": 0.5},
             health_check_period_s=5,
+            request_router_config=router_config(config.routing),
         )
         .bind(config, generator)
     )

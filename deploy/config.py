@@ -7,6 +7,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from cluster_router.affinity import AffinityPolicy
 from cluster_router.index import Device
 from cluster_router.learning.config import LearnerConfig
 from cluster_router.wire.errors import ConfigError
@@ -93,6 +94,7 @@ class AppConfig(BaseModel):
         model: the embedded default's name, a Hugging Face id, a local folder or a GGUF file.
         served_name: name clients use in `model`; None is `model` itself.
         bundle: name of a shipped bundle or path of one; None serves the base model unadapted.
+        routing: how requests are spread over the replicas that serve them.
         engine, router, generator, learner: settings of the parts. How many replicas of each, and
             on what resources, is Serve's own `deployments:` section.
     """
@@ -103,6 +105,7 @@ class AppConfig(BaseModel):
     served_name: Annotated[str, Field(min_length=1)] | None = None
     bundle: str | None = DEFAULT_MODEL
     engine: EngineConfig = EngineConfig()
+    routing: AffinityPolicy = AffinityPolicy()
     router: RouterConfig = RouterConfig()
     generator: GeneratorConfig = GeneratorConfig()
     learner: LearningConfig = LearningConfig()

@@ -38,6 +38,7 @@ from cluster_router.wire.types import (
     TokenChunk,
     TokenizedRequest,
 )
+from deploy.affinity import routing_stats
 from deploy.config import AppConfig
 from deploy.learning import RouterLearning
 from lm_workers.build import build_engine
@@ -88,6 +89,10 @@ class GeneratorReplica:
             self._refs[key.id] = ray.put(delta)
         return [self._refs[key.id]]
 
+    async def record_routing_stats(self) -> dict[str, list[str]]:
+        """What this replica has at hand, for the request router."""
+        return routing_stats(self._refs)
+
     async def export(self, key: AdapterKey, conditioning: Conditioning | None) -> bytes:
         """The update as a zip archive of a PEFT adapter."""
         delta = await self._generator.get(key, conditioning)
@@ -97,7 +102,10 @@ class GeneratorReplica:
 
 
 class RemoteGenerator:
-    """The generator, seen through its handle. Satisfies AdapterSource and Exporter.
+    """The generators, seen through their handle. Satisfies AdapterSource and Exporter.
+
+    Calls for one update go to one generator, so that replicas which miss on it together share its
+    generation.
 
     Without a bundle there is none, and no request is ever assigned an update.
     """
@@ -114,7 +122,8 @@ class RemoteGenerator:
 
     async def export(self, key: AdapterKey, conditioning: Conditioning | None) -> bytes:
         """See GeneratorReplica.export."""
-        return await self._deployed().export.remote(key, conditioning)
+        handle = self._deployed().options(session_id=key.id)
+        return await handle.export.remote(key, conditioning)
 
     def _deployed(self) -> DeploymentHandle:
         if self._handle is None:
@@ -122,7 +131,8 @@ class RemoteGenerator:
         return self._handle
 
     async def _fetch(self, key: AdapterKey, conditioning: Conditioning | None) -> LoraDelta:
-        [reference] = await self._deployed().get.remote(key, conditioning)
+        handle = self._deployed().options(session_id=key.id)
+        [reference] = await handle.get.remote(key, conditioning)
         return await reference
 
 
@@ -145,6 +155,10 @@ class LMReplica:
         finally:
             await chunks.aclose()
 
+    async def record_routing_stats(self) -> dict[str, list[str]]:
+        """What this replica has at hand, for the request router."""
+        return routing_stats(self._worker.resident)
+
     async def ready(self) -> bool:
         """True as soon as there is a replica to say so."""
         return self._worker.alive
@@ -163,8 +177,11 @@ class RemoteWorker:
         self._streaming = handle.options(stream=True)
 
     async def generate(self, request: TokenizedRequest) -> AsyncIterator[TokenChunk]:
-        """Stream from one replica; closing the stream early cancels it there."""
-        chunks = self._streaming.generate.remote(request)
+        """Stream from a replica that has the update, where one has room; closing cancels there."""
+        key = request.assignment.key
+        # Serve's router finds the key here: see deploy/affinity.py.
+        handle = self._streaming.options(session_id="" if key is None else key.id)
+        chunks = handle.generate.remote(request)
         try:
             async for chunk in chunks:
                 yield chunk

@@ -41,6 +41,7 @@ class LMWorker:
     def __init__(self, engine: Engine, adapters: AdapterSource, delta_bytes: int = 2**26) -> None:
         self._engine, self._adapters = engine, adapters
         self._deltas: LRUCache[str, LoraDelta] = LRUCache(delta_bytes, lambda one: one.nbytes)
+        self._fetching: dict[str, asyncio.Task[LoraDelta]] = {}
         self._commands: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._streams: dict[str, tuple[asyncio.AbstractEventLoop, asyncio.Queue[Outcome]]] = {}
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -50,6 +51,11 @@ class LMWorker:
     def load(self) -> tuple[int, int]:
         """Requests running and waiting, as a hint."""
         return self._engine.num_running, self._engine.num_waiting
+
+    @property
+    def resident(self) -> tuple[str, ...]:
+        """Ids of the updates at hand, least recently used first."""
+        return tuple(self._deltas)
 
     @property
     def alive(self) -> bool:
@@ -84,14 +90,28 @@ class LMWorker:
         self._thread.join()
 
     async def _delta(self, request: TokenizedRequest) -> LoraDelta | None:
+        """The update of `request`. Requests that miss on the same one share a fetch."""
         assignment = request.assignment
         if assignment.key is None:
             return None
-        delta = self._deltas.get(assignment.key.id)
-        if delta is None:
-            delta = await self._adapters.get(assignment.key, assignment.conditioning)
-            if delta.nbytes <= self._deltas.maxsize:
-                self._deltas[assignment.key.id] = delta
+        name = assignment.key.id
+        delta = self._deltas.pop(name, None)
+        if delta is not None:
+            self._deltas[name] = delta  # put back last: the order is that of use
+            return delta
+        if name not in self._fetching:
+            fetch = self._fetch(assignment.key, assignment.conditioning)
+            self._fetching[name] = asyncio.create_task(fetch)
+        # A caller that goes away leaves the fetch running for the others.
+        return await asyncio.shield(self._fetching[name])
+
+    async def _fetch(self, key: AdapterKey, conditioning: Conditioning | None) -> LoraDelta:
+        try:
+            delta = await self._adapters.get(key, conditioning)
+        finally:
+            del self._fetching[key.id]
+        if delta.nbytes <= self._deltas.maxsize:
+            self._deltas[key.id] = delta
         return delta
 
     def _send(self, command: Callable[[], None]) -> None:

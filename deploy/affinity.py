@@ -1,0 +1,88 @@
+"""Serve's request router for cluster affinity: a thin shell around cluster_router/affinity.py.
+
+The key of a request is its handle's `session_id`; what a replica holds comes from the
+`record_routing_stats` of its class, as `{RESIDENT: [ids]}`.
+
+`ray.serve.request_router` is an alpha API (read in Ray 2.60): what depends on it is all here.
+Serve pickles this module by value, so nothing in it may have state of its own.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Collection
+from typing import Any
+
+from ray.serve.config import RequestRouterConfig
+from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
+
+from cluster_router.affinity import AffinityPolicy, Candidate, Residency, rank
+
+RESIDENT = "resident"
+MAX_REPORTED = 512
+"""Ids in one report, since every router receives it whenever it changes."""
+
+REPORT_PERIOD_S = 0.5
+
+
+class ClusterAffinityRouter(RequestRouter):
+    """Chooses among replicas by `rank`, with what this process knows of their load."""
+
+    def initialize_state(self, **kwargs: Any) -> None:
+        """Take the policy's settings.
+
+        Raises:
+            pydantic.ValidationError: one is unknown or out of range.
+        """
+        self._policy = AffinityPolicy.model_validate(kwargs)
+        self._residency = Residency(self._policy.memory_s)
+
+    def update_replicas(self, replicas: list[RunningReplica]) -> None:
+        """Called by Serve when replicas come or go, or report something new."""
+        self._residency.report(
+            {_name(one): (one.routing_stats or {}).get(RESIDENT, ()) for one in replicas}
+        )
+        super().update_replicas(replicas)
+
+    async def choose_replicas(
+        self,
+        candidate_replicas: list[RunningReplica],
+        pending_request: PendingRequest | None = None,
+    ) -> list[list[RunningReplica]]:
+        """Tiers of replicas; Serve takes the least loaded of the first tier that has room."""
+        if pending_request is None:
+            return [candidate_replicas]
+        pending_request.routing_context.should_backoff = True  # all tiers are given at once
+        key = pending_request.metadata.session_id or None
+        # Shuffled, so that an idle service does not send everything unadapted to one replica.
+        replicas = random.sample(candidate_replicas, len(candidate_replicas))
+        by_name = {_name(one): one for one in replicas}
+        tiers = rank(key, [self._candidate(one) for one in replicas], self._policy)
+        if key is not None and tiers:
+            # Noted now and not when the replica accepts, a round trip later: requests of the same
+            # cold cluster that come in between follow this one.
+            self._residency.send(tiers[0][0], key)
+        return [[by_name[name] for name in tier] for tier in tiers]
+
+    def _candidate(self, replica: RunningReplica) -> Candidate:
+        # Serve forgets a load it has not heard of for ten seconds, and asks when it counts.
+        load = self.replica_queue_len_cache.get(replica.replica_id) or 0
+        return Candidate(_name(replica), load, self._residency.of(_name(replica)))
+
+
+def _name(replica: RunningReplica) -> str:
+    return str(replica.replica_id.unique_id)
+
+
+def routing_stats(resident: Collection[str]) -> dict[str, list[str]]:
+    """What a replica's `record_routing_stats` returns; the last ids are the ones kept."""
+    return {RESIDENT: sorted(list(resident)[-MAX_REPORTED:])}
+
+
+def router_config(policy: AffinityPolicy) -> RequestRouterConfig:
+    """What binds a deployment to this router."""
+    return RequestRouterConfig(
+        request_router_class=f"{__name__}:{ClusterAffinityRouter.__name__}",
+        request_router_kwargs=policy.model_dump(),
+        request_routing_stats_period_s=REPORT_PERIOD_S,
+    )

@@ -1,0 +1,122 @@
+"""Three real LM replicas: the requests of a cluster meet where its update is."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ray
+import torch
+from ray import serve
+
+from adapter_gen.apply import init_bases
+from adapter_gen.bundle import Bundle
+from adapter_gen.hypernetwork import CoreConfig
+from adapter_gen.sites import discover_sites
+from cluster_router.client import ChameleonClient
+from cluster_router.wire.snapshot import ClusterSnapshot
+from cluster_router.wire.types import GenerateResult, SamplingParams
+from deploy.affinity import RESIDENT
+from deploy.app import build
+from deploy.client import connect
+from deploy.config import AppConfig
+from lm_workers.models import describe_model, load_causal_lm
+
+pytestmark = pytest.mark.serve
+
+APP = "affinity"
+CLUSTERS = 6
+SHORT = SamplingParams(max_tokens=4, temperature=0, ignore_eos=True)
+ENGINE = {"dtype": "float32", "max_sequences": 4, "max_batch_tokens": 64, "kernels": "reference"}
+
+
+def write_bundle(model: Path, target: Path) -> None:
+    """A bundle of untrained updates for `CLUSTERS` clusters."""
+    info = describe_model(model, "tiny")
+    spec = discover_sites(load_causal_lm(model, torch.float32, "cpu"), "head", rank=2)
+    centroids = np.eye(CLUSTERS, info.hidden_size, dtype=np.float32)
+    Bundle(
+        base_model="tiny",
+        fingerprint=info.fingerprint,
+        hypernetwork=CoreConfig(width=8).build(spec, info.hidden_size),
+        bases=init_bases(spec, seed=0),
+        snapshot=ClusterSnapshot(
+            version=1,
+            ids=np.arange(CLUSTERS, dtype=np.int64),
+            centroids=centroids,
+            sizes=np.full(CLUSTERS, 100, np.int64),
+            versions=np.ones(CLUSTERS, np.int64),
+            conditioning=centroids,
+            mean=centroids.mean(0),
+            threshold=0.0,
+        ),
+        created_by="a test",
+    ).save(target)
+
+
+@pytest.fixture(scope="module")
+def client(
+    service: object, tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[ChameleonClient]:
+    """A second application on the service's Ray cluster, with three tiny LM replicas."""
+    bundle = tmp_path_factory.mktemp("affinity") / "bundle"
+    write_bundle(tiny_llama, bundle)
+    application = build(
+        AppConfig.model_validate(
+            {"model": str(tiny_llama), "bundle": str(bundle), "engine": ENGINE | {"cpu_threads": 1}}
+        )
+    )
+    lm = application._bound_deployment.init_args[1]
+    lm._bound_deployment = lm._bound_deployment.options(num_replicas=3)
+    serve.run(application, name=APP, route_prefix=f"/{APP}")
+    yield connect(APP)
+    serve.delete(APP)
+
+
+async def residents(deployment: str) -> list[list[str]]:
+    """What each replica of `deployment` says it holds."""
+    names = [one["name"] for one in ray.util.list_named_actors(all_namespaces=True)]
+    prefix = f"SERVE_REPLICA::{APP}#{deployment}#"
+    actors = [ray.get_actor(name, "serve") for name in names if name.startswith(prefix)]
+    return [
+        stats[RESIDENT]
+        for stats in await asyncio.gather(*(one.record_routing_stats.remote() for one in actors))
+    ]
+
+
+async def ask(client: ChameleonClient, cluster: int | str) -> GenerateResult:
+    return await client.generate("hello", sampling=SHORT, adaptation=cluster)
+
+
+async def test_requests_of_a_cluster_meet_on_one_replica(client: ChameleonClient) -> None:
+    keys = {one.id: one.adapter_key for one in await client.clusters()}
+    for _ in range(6):  # more than a round of reports, so with and without their help
+        answers = await asyncio.gather(*(ask(client, cluster) for cluster in keys))
+        assert [len(one.tokens) for one in answers] == [4] * CLUSTERS
+        assert [one.adaptation.adapter_key for one in answers] == list(keys.values())
+        await asyncio.sleep(0.3)
+    held = await residents("LMReplica")
+    assert len(held) == 3
+    assert Counter(key for one in held for key in one) == Counter(keys.values())
+    assert max(map(len, held)) <= CLUSTERS - 2, "clusters are spread over replicas"
+
+
+async def test_a_hot_cluster_fans_out_and_its_update_is_generated_once(
+    client: ChameleonClient,
+) -> None:
+    answers = await asyncio.gather(*(ask(client, 0) for _ in range(60)))
+    assert len({one.tokens for one in answers}) == 1 and len(answers) == 60
+    hot = answers[0].adaptation.adapter_key
+    assert sum(hot in one for one in await residents("LMReplica")) > 1
+    assert [one.count(hot) for one in await residents("AdapterGenerator")] == [1]
+
+
+async def test_unadapted_requests_need_no_update(client: ChameleonClient) -> None:
+    before = sorted(map(sorted, await residents("LMReplica")))
+    answers = await asyncio.gather(*(ask(client, "off") for _ in range(12)))
+    assert {one.adaptation.mode for one in answers} == {"off"}
+    assert sorted(map(sorted, await residents("LMReplica"))) == before
