@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import os
 import re
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import fsspec  # type: ignore[import-untyped]
 import numpy as np
 import safetensors.numpy
-from fsspec.implementations.local import LocalFileSystem  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 
+from cluster_router.files import Folder, digest
 from cluster_router.wire.errors import BundleError, ConfigError, SetupError
 from cluster_router.wire.snapshot import ClusterSnapshot
 
@@ -54,7 +49,7 @@ class SnapshotStore:
     def __init__(self, uri: str, keep: int = 3) -> None:
         if keep < 1:
             raise ConfigError("keep at least one snapshot", "keep")
-        self._files, self._root = _open(uri)
+        self._folder = Folder(uri)
         self._keep = keep
 
     def latest_version(self) -> int | None:
@@ -75,20 +70,14 @@ class SnapshotStore:
         """
         data = _encode(checkpoint)
         version = checkpoint.snapshot.version
-        name = f"snapshot-{version:012d}-{_digest(data)}.safetensors"
+        name = f"snapshot-{version:012d}-{digest(data)}.safetensors"
         names = self._names()
         if names and names[-1] != name and _version(names[-1]) >= version:
             raise SetupError(
-                f"{self._root} holds version {_version(names[-1])}, not older than {version}; "
-                "let one learner write there, or start it from the newest version"
+                f"{self._folder.root} holds version {_version(names[-1])}, not older than "
+                f"{version}; let one learner write there, or start it from the newest version"
             )
-        try:
-            self._write(name, data)
-        except OSError as error:
-            raise SetupError(
-                f"cannot write {self._root}/{name}: {error}; free some space or name another "
-                "folder for snapshots"
-            ) from error
+        self._folder.write(name, data)
         self._prune()
 
     def load(self) -> Checkpoint | None:
@@ -102,7 +91,7 @@ class SnapshotStore:
             damaged = 0
             for name in reversed(names):
                 try:
-                    return _decode(self._read(name), name)
+                    return _decode(self._folder.read(name), name)
                 except BundleError as error:
                     damaged += 1
                     logger.error("%s; an older snapshot is used", error)
@@ -110,95 +99,26 @@ class SnapshotStore:
                     continue  # the learner has just dropped it, for a newer one
             if damaged:
                 raise BundleError(
-                    f"every snapshot in {self._root} is damaged; restore one, or remove them all "
-                    "to start from the bundle's clusters"
+                    f"every snapshot in {self._folder.root} is damaged; restore one, or remove "
+                    "them all to start from the bundle's clusters"
                 )
         return None
 
     def _names(self) -> list[str]:
-        names = _list(self._files, self._root)
-        return sorted(name for name in names if _NAME.fullmatch(name))
-
-    def _read(self, name: str) -> bytes:
-        try:
-            return bytes(self._files.cat_file(f"{self._root}/{name}"))
-        except FileNotFoundError:
-            raise
-        except OSError as error:
-            raise BundleError(f"cannot read {self._root}/{name}: {error}") from error
-
-    def _write(self, name: str, data: bytes) -> None:
-        if isinstance(self._files, LocalFileSystem):
-            _write_local(Path(self._root), name, data)
-        else:
-            self._files.makedirs(self._root, exist_ok=True)
-            self._files.pipe_file(f"{self._root}/{name}", data)
+        return sorted(name for name in self._folder.names() if _NAME.fullmatch(name))
 
     def _prune(self) -> None:
         for name in self._names()[: -self._keep]:
             try:
-                self._files.rm_file(f"{self._root}/{name}")
+                self._folder.remove(name)
             except OSError as error:
                 logger.warning("cannot remove the old snapshot %s: %s", name, error)
-
-
-def names_in(uri: str) -> list[str]:
-    """Names of the files and folders directly under `uri`; none where it does not exist.
-
-    Raises:
-        ConfigError: nothing installed opens such a URI.
-        SetupError: it cannot be listed.
-    """
-    return _list(*_open(uri))
-
-
-def _open(uri: str) -> tuple[Any, str]:
-    try:
-        files, root = fsspec.url_to_fs(uri)
-    except (ImportError, ValueError) as error:
-        raise ConfigError(f"cannot open {uri!r}: {error}", "snapshots") from error
-    return files, str(root)
-
-
-def _list(files: Any, root: str) -> list[str]:
-    try:
-        files.invalidate_cache(root)
-        paths = files.ls(root, detail=False)
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise SetupError(f"cannot list {root}: {error}") from error
-    return [str(path).rstrip("/").rpartition("/")[2] for path in paths]
 
 
 def _version(name: str) -> int:
     match = _NAME.fullmatch(name)
     assert match is not None
     return int(match[1])
-
-
-def _digest(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()[:16]
-
-
-def _write_local(folder: Path, name: str, data: bytes) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".{name}.{os.getpid()}.tmp"
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(folder / name)
-    except BaseException:
-        with suppress(OSError):
-            temporary.unlink()
-        raise
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)  # makes the rename itself durable
-    finally:
-        os.close(handle)
 
 
 def _encode(checkpoint: Checkpoint) -> bytes:
@@ -210,7 +130,7 @@ def _encode(checkpoint: Checkpoint) -> bytes:
 
 
 def _decode(data: bytes, name: str) -> Checkpoint:
-    if _digest(data) not in name:
+    if digest(data) not in name:
         raise BundleError(f"{name} is damaged: its checksum differs")
     try:
         arrays = safetensors.numpy.load(data)

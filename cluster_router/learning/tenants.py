@@ -6,9 +6,10 @@ import hashlib
 import re
 from dataclasses import dataclass, replace
 
+from cluster_router.files import Folder
 from cluster_router.learner import CentroidLearner
 from cluster_router.learning.config import LearnerConfig
-from cluster_router.snapshots import Checkpoint, SnapshotStore, names_in
+from cluster_router.snapshots import Checkpoint, SnapshotStore
 from cluster_router.wire.errors import OverloadedError, SetupError
 from cluster_router.wire.snapshot import ClusterSnapshot
 from cluster_router.wire.types import DEFAULT_NAMESPACE, FloatArray
@@ -138,7 +139,7 @@ def newer(uri: str, namespace: str, version: int) -> ClusterSnapshot | None:
 
 
 def _blocks_in(uri: str) -> dict[str, int]:
-    folders = map(_FOLDER.fullmatch, names_in(uri))
+    folders = map(_FOLDER.fullmatch, Folder(uri).names())
     return {match[2]: int(match[1]) for match in folders if match}
 
 

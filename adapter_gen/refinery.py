@@ -1,0 +1,162 @@
+"""ClusterRefinery: which cluster is refined when, and on which of its recent prompts.
+
+Prompts are held in memory only, the latest of each cluster, and leave no trace but the numbers of
+an update.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Annotated
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+
+from adapter_gen.hypernetwork import Generated
+from adapter_gen.refine import Prompt, RefineConfig, Refiner
+from adapter_gen.update import LoraDelta
+from cluster_router.wire.types import AdapterKey, Conditioning, FloatArray
+
+Generate = Callable[[AdapterKey, Conditioning], LoraDelta]
+
+
+class RefineryConfig(BaseModel):
+    """What is kept of a cluster's prompts, and when they are learned from.
+
+    Attributes:
+        prompt_tokens: tokens kept of a prompt, from its start.
+        buffer: prompts kept of a cluster, the latest.
+        every: new prompts after which a cluster is refined; as many as it had learned from, if
+            that is more, up to `buffer`.
+        max_clusters: clusters whose prompts are kept; the one longest without any makes room.
+        refine: how a refinement is done.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    prompt_tokens: Annotated[int, Field(ge=16)] = 128
+    buffer: Annotated[int, Field(ge=8)] = 64
+    every: Annotated[int, Field(ge=8)] = 16
+    max_clusters: Annotated[int, Field(ge=1)] = 256
+    refine: RefineConfig = RefineConfig(steps=8, batch=12, learning_rate=0.045)
+
+
+@dataclass(frozen=True, eq=False)
+class Offered:
+    """A prompt that may be learned from.
+
+    Attributes:
+        key: of the update that the prompt ran under.
+        conditioning: of its cluster.
+        embedding: float32 [d], of the prompt.
+        tokens: int32 [T], the prompt.
+    """
+
+    key: AdapterKey
+    conditioning: Conditioning
+    embedding: FloatArray
+    tokens: Prompt
+
+
+@dataclass(eq=False)
+class _Cluster:
+    key: AdapterKey
+    conditioning: Conditioning
+    prompts: deque[Prompt]
+    embeddings: deque[FloatArray]
+    fresh: int = 0
+    learned: int = 0
+    refined: Generated | None = field(default=None, repr=False)
+
+
+class ClusterRefinery:
+    """Refines clusters one after the other. Not thread-safe: one thread offers and refines.
+
+    Args:
+        refiner: does the descent.
+        generate: what the hypernetwork makes of a cluster, where its first refinement starts.
+        config: bounds.
+    """
+
+    def __init__(self, refiner: Refiner, generate: Generate, config: RefineryConfig) -> None:
+        self._refiner = refiner
+        self._generate = generate
+        self._config = config
+        self._clusters: OrderedDict[int, _Cluster] = OrderedDict()
+
+    def offer(self, offered: Offered) -> None:
+        """Keep a prompt for its cluster; one without a cluster is let go."""
+        cluster = offered.key.cluster
+        if cluster is None:
+            return
+        config = self._config
+        if cluster not in self._clusters:
+            self._clusters[cluster] = _Cluster(
+                offered.key,
+                offered.conditioning,
+                deque(maxlen=config.buffer),
+                deque(maxlen=config.buffer),
+            )
+            if len(self._clusters) > config.max_clusters:
+                self._clusters.popitem(last=False)
+        self._clusters.move_to_end(cluster)
+        kept = self._clusters[cluster]
+        kept.key, kept.conditioning = offered.key, offered.conditioning
+        kept.prompts.append(offered.tokens[: config.prompt_tokens].astype(np.int32))
+        kept.embeddings.append(offered.embedding)
+        kept.fresh += 1
+
+    def due(self) -> int | None:
+        """The cluster with most new prompts among those that have enough; None if none has."""
+        found = [
+            (kept.fresh, cluster)
+            for cluster, kept in self._clusters.items()
+            if kept.fresh >= max(self._config.every, min(kept.learned, self._config.buffer))
+        ]
+        return max(found)[1] if found else None
+
+    def refine(self, cluster: int) -> tuple[AdapterKey, Generated] | None:
+        """Refine a cluster on its prompts, and where they are few on those most like them.
+
+        Returns:
+            The key it was served under, and the refined update (B = 1); None where nothing was
+            gained, and what was there stays.
+
+        Raises:
+            DeltaError: the loss or a gradient is NaN or infinite.
+        """
+        kept = self._clusters[cluster]
+        prompts = [*self._borrowed(cluster), *kept.prompts]
+        start = kept.refined or _generated(self._generate(kept.key, kept.conditioning))
+        kept.learned, kept.fresh = kept.learned + kept.fresh, 0
+        refined = self._refiner.refine(prompts, start)
+        if refined.scale == 0:
+            return None
+        kept.refined = refined.generated
+        return kept.key, refined.generated
+
+    def _borrowed(self, cluster: int) -> list[Prompt]:
+        """Prompts of other clusters most like this one's, as many as its buffer has room for."""
+        kept = self._clusters[cluster]
+        room = self._config.buffer - len(kept.prompts)
+        centre = np.mean(np.stack(kept.embeddings), axis=0)
+        others = [
+            (float(embedding @ centre), prompt)
+            for other, its in self._clusters.items()
+            if other != cluster
+            for prompt, embedding in zip(its.prompts, its.embeddings, strict=True)
+        ]
+        others.sort(key=lambda pair: -pair[0])
+        return [prompt for _, prompt in others[:room]]
+
+
+def _generated(delta: LoraDelta) -> Generated:
+    assert delta.cores is not None
+    assert delta.shift is not None
+    cores, shift = (
+        torch.from_numpy(a.astype(np.float32))[None] for a in (delta.cores, delta.shift)
+    )
+    return Generated(cores=cores, shift=shift)

@@ -1,0 +1,111 @@
+"""When clusters are refined, and on what."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from adapter_gen.hypernetwork import Generated
+from adapter_gen.refine import Refined
+from adapter_gen.refinery import ClusterRefinery, Offered, RefineryConfig
+from adapter_gen.update import LoraDelta
+from cluster_router.wire.types import AdapterKey, Conditioning
+
+CONFIG = RefineryConfig(buffer=24, every=8, prompt_tokens=16, max_clusters=3)
+CORES = np.zeros((2, 4, 4), np.float16)
+
+
+class Recorder:
+    """Stands for a Refiner: remembers what it was given, and gains as told.
+
+    Fine: the real one is tested beside it, and takes seconds for each of these.
+    """
+
+    def __init__(self, scale: float = 1.0) -> None:
+        self.scale = scale
+        self.calls: list[tuple[list[int], float]] = []
+
+    def refine(self, prompts, start):
+        self.calls.append(([int(prompt[0]) for prompt in prompts], float(start.cores.mean())))
+        moved = Generated(cores=start.cores + 1, shift=start.shift)
+        return Refined(moved if self.scale else start, self.scale, 0.1, 1)
+
+
+def generate(key: AdapterKey, conditioning: Conditioning) -> LoraDelta:
+    return LoraDelta(key, cores=CORES, shift=np.zeros(8, np.float16))
+
+
+def offered(cluster: int | None, token: int, direction: int = 0) -> Offered:
+    embedding = np.eye(4, dtype=np.float32)[direction]
+    return Offered(
+        AdapterKey("base", "hyper", cluster, 1),
+        Conditioning(embedding, 5.0),
+        embedding,
+        np.full(40, token, np.int64),
+    )
+
+
+def refinery(recorder: Recorder) -> ClusterRefinery:
+    return ClusterRefinery(recorder, generate, CONFIG)  # type: ignore[arg-type]
+
+
+def test_a_cluster_is_due_when_its_prompts_have_doubled() -> None:
+    recorder = Recorder()
+    kept = refinery(recorder)
+    due = []
+    for count in range(1, 81):
+        kept.offer(offered(1, count))
+        if kept.due() == 1:
+            due.append(count)
+            kept.refine(1)
+    assert due == [8, 16, 32, 56, 80]
+    assert recorder.calls[-1][0] == list(range(57, 81)), "the latest, as many as the buffer holds"
+
+
+def test_each_refinement_starts_from_the_one_before() -> None:
+    recorder = Recorder()
+    kept = refinery(recorder)
+    for count in range(8):
+        kept.offer(offered(1, count))
+    found = kept.refine(1)
+    assert found is not None
+    key, update = found
+    assert (key.cluster, float(update.cores.mean())) == (1, 1.0)
+    kept.refine(1)
+    assert [start for _, start in recorder.calls] == [0.0, 1.0]
+
+
+def test_nothing_is_published_where_nothing_was_gained() -> None:
+    kept = refinery(Recorder(scale=0.0))
+    for count in range(8):
+        kept.offer(offered(1, count))
+    assert kept.refine(1) is None
+    assert kept.due() is None, "it is not tried again on the same prompts"
+
+
+def test_a_small_cluster_borrows_the_prompts_most_like_it() -> None:
+    recorder = Recorder()
+    kept = refinery(recorder)
+    for count in range(20):
+        kept.offer(offered(2, 100 + count, direction=0))
+        kept.offer(offered(3, 200 + count, direction=1))
+    for count in range(8):
+        kept.offer(offered(1, count, direction=1))
+    kept.refine(1)
+    tokens = recorder.calls[0][0]
+    assert len(tokens) == CONFIG.buffer
+    assert tokens[-8:] == list(range(8))
+    assert all(token >= 200 for token in tokens[:-8])
+
+
+def test_prompts_are_bounded_and_those_without_a_cluster_let_go() -> None:
+    recorder = Recorder()
+    kept = refinery(recorder)
+    for cluster in (None, 1, 2, 3, 4):
+        for count in range(30):
+            kept.offer(offered(cluster, count))
+    due = set()
+    while (cluster := kept.due()) is not None:
+        due.add(cluster)
+        kept.refine(cluster)
+    assert due == {2, 3, 4}
+    assert all(len(tokens) <= CONFIG.buffer for tokens, _ in recorder.calls)
