@@ -16,10 +16,10 @@ from torch import Tensor
 from adapter_gen import storage
 from adapter_gen.hypernetwork import Hypernetwork
 from adapter_gen.storage import Manifest
-from adapter_gen.update import HEAD, SharedBases, UpdateSpec
-from cluster_router.wire.errors import BundleError, ConfigError
+from adapter_gen.update import HEAD, LoraDelta, SharedBases, UpdateSpec
+from cluster_router.wire.errors import BundleError, ConfigError, DeltaError
 from cluster_router.wire.snapshot import ClusterSnapshot
-from cluster_router.wire.types import FloatArray
+from cluster_router.wire.types import AdapterKey, FloatArray
 
 _MAX_RANK = 4096
 _MAX_FEATURES = 2**24
@@ -180,6 +180,24 @@ def decode_hypernetwork(data: bytes, manifest: Manifest, snapshot: ClusterSnapsh
 def decode_bases(data: bytes, spec: UpdateSpec) -> SharedBases:
     """Inverse of `encode_tensors(base_tensors(...))`; BundleError if it does not fit `spec`."""
     return _make_bases(_decode_tensors(data, storage.BASES, _base_shapes(spec)))
+
+
+def encode_delta(delta: LoraDelta) -> bytes:
+    """One safetensors file of an update."""
+    return safetensors.numpy.save(delta.arrays())
+
+
+def decode_delta(data: bytes, key: AdapterKey, spec: UpdateSpec) -> LoraDelta:
+    """Inverse of `encode_delta`, under the name `key`; BundleError if it does not fit `spec`."""
+    file = f"update {key.id}"
+    arrays = _decode_arrays(data, file)
+    _check_names(file, arrays, LoraDelta.static(key, spec).arrays())
+    delta = LoraDelta(key, **arrays)
+    try:
+        delta.check(spec)
+    except DeltaError as error:
+        raise BundleError(error.message) from None
+    return delta
 
 
 def encode_snapshot(snapshot: ClusterSnapshot) -> bytes:

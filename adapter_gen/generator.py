@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import logging
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -12,9 +14,15 @@ import torch
 
 from adapter_gen.bundle import Bundle
 from adapter_gen.cache import DeltaCache
+from adapter_gen.codec import decode_delta
 from adapter_gen.update import LoraDelta
-from cluster_router.wire.errors import ConfigError, DeltaError
+from cluster_router.wire.errors import ChameleonError, ConfigError, DeltaError
 from cluster_router.wire.types import AdapterKey, Conditioning
+
+LoadRefined = Callable[[int, int], bytes | None]
+"""Reads refinement n of a cluster, as `codec.encode_delta` wrote it; None where it is gone."""
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,18 +55,26 @@ class AdapterGenerator:
         bundle: the hypernetwork and what it belongs to.
         max_bytes: how much generated updates may hold in memory.
         device: where the hypernetwork runs.
+        refined: where refined updates come from.
 
     Raises:
         ConfigError: `max_bytes` does not hold one update.
     """
 
-    def __init__(self, bundle: Bundle, max_bytes: int = 2**28, device: str = "cpu") -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        max_bytes: int = 2**28,
+        device: str = "cpu",
+        refined: LoadRefined | None = None,
+    ) -> None:
         needed = 2 * bundle.spec.numbers_per_cluster
         if max_bytes < needed:
             raise ConfigError(f"max_bytes is {max_bytes}, one update takes {needed}", "max_bytes")
         self.bundle = bundle
         self._hypernetwork = copy.deepcopy(bundle.hypernetwork).to(device)
         self._device = device
+        self._refined = refined
         self._cache = DeltaCache(max_bytes)
         self._in_flight: dict[AdapterKey, asyncio.Task[LoraDelta]] = {}
         # One thread: torch spreads one generation over the cores, two would only contend.
@@ -96,11 +112,17 @@ class AdapterGenerator:
 
     @torch.inference_mode()
     def generate(self, key: AdapterKey, conditioning: Conditioning | None) -> LoraDelta:
-        """Generate one update here and now, past the cache. Raises as `get` does."""
+        """Generate one update here and now, past the cache. Raises as `get` does.
+
+        One that has been refined is read instead. If that cannot be done, the cluster's requests
+        run under what the hypernetwork makes of it until it is refined again.
+        """
         self._check_key(key)
         spec = self.bundle.spec
         if key.cluster is None:
             return LoraDelta.static(key, spec)
+        if key.refinement and (found := self._load_refined(key, key.cluster)) is not None:
+            return found
         if conditioning is None:
             raise DeltaError(f"the update of cluster {key.cluster} needs its conditioning")
         vector = torch.tensor(conditioning.vector, dtype=torch.float32)[None]
@@ -138,6 +160,17 @@ class AdapterGenerator:
         self._generated += 1
         self._last_seconds = time.perf_counter() - started
         return delta
+
+    def _load_refined(self, key: AdapterKey, cluster: int) -> LoraDelta | None:
+        try:
+            data = None if self._refined is None else self._refined(cluster, key.refinement)
+            if data is not None:
+                return decode_delta(data, key, self.bundle.spec)
+        except ChameleonError as error:
+            logger.error("cluster %d is not served refined: %s", cluster, error)
+        else:
+            logger.warning("refinement %d of cluster %d is gone", key.refinement, cluster)
+        return None
 
     def _check_key(self, key: AdapterKey) -> None:
         if key.base != self.bundle.fingerprint:

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 import numpy as np
-import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from adapter_gen.hypernetwork import Generated
@@ -27,11 +26,12 @@ class RefineryConfig(BaseModel):
     """What is kept of a cluster's prompts, and when they are learned from.
 
     Attributes:
-        prompt_tokens: tokens kept of a prompt, from its start.
+        prompt_tokens: tokens kept of a prompt, its last: many chats begin alike.
         buffer: prompts kept of a cluster, the latest.
         every: new prompts after which a cluster is refined; as many as it had learned from, if
             that is more, up to `buffer`.
-        max_clusters: clusters whose prompts are kept; the one longest without any makes room.
+        max_clusters: clusters whose prompts and refinements are kept; the one longest without any
+            makes room.
         refine: how a refinement is done.
     """
 
@@ -49,12 +49,14 @@ class Offered:
     """A prompt that may be learned from.
 
     Attributes:
+        namespace: the tenant it came from; prompts of one never teach another's clusters.
         key: of the update that the prompt ran under.
         conditioning: of its cluster.
         embedding: float32 [d], of the prompt.
         tokens: int32 [T], the prompt.
     """
 
+    namespace: str
     key: AdapterKey
     conditioning: Conditioning
     embedding: FloatArray
@@ -63,6 +65,7 @@ class Offered:
 
 @dataclass(eq=False)
 class _Cluster:
+    namespace: str
     key: AdapterKey
     conditioning: Conditioning
     prompts: deque[Prompt]
@@ -77,7 +80,7 @@ class ClusterRefinery:
 
     Args:
         refiner: does the descent.
-        generate: what the hypernetwork makes of a cluster, where its first refinement starts.
+        generate: the update that a key names, where the first refinement here starts.
         config: bounds.
     """
 
@@ -95,6 +98,7 @@ class ClusterRefinery:
         config = self._config
         if cluster not in self._clusters:
             self._clusters[cluster] = _Cluster(
+                offered.namespace,
                 offered.key,
                 offered.conditioning,
                 deque(maxlen=config.buffer),
@@ -105,9 +109,13 @@ class ClusterRefinery:
         self._clusters.move_to_end(cluster)
         kept = self._clusters[cluster]
         kept.key, kept.conditioning = offered.key, offered.conditioning
-        kept.prompts.append(offered.tokens[: config.prompt_tokens].astype(np.int32))
+        kept.prompts.append(offered.tokens[-config.prompt_tokens :].astype(np.int32))
         kept.embeddings.append(offered.embedding)
         kept.fresh += 1
+
+    def holds(self, cluster: int) -> bool:
+        """Whether prompts of a cluster are kept."""
+        return cluster in self._clusters
 
     def due(self) -> int | None:
         """The cluster with most new prompts among those that have enough; None if none has."""
@@ -130,7 +138,7 @@ class ClusterRefinery:
         """
         kept = self._clusters[cluster]
         prompts = [*self._borrowed(cluster), *kept.prompts]
-        start = kept.refined or _generated(self._generate(kept.key, kept.conditioning))
+        start = kept.refined or Generated.of(self._generate(kept.key, kept.conditioning))
         kept.learned, kept.fresh = kept.learned + kept.fresh, 0
         refined = self._refiner.refine(prompts, start)
         if refined.scale == 0:
@@ -139,24 +147,15 @@ class ClusterRefinery:
         return kept.key, refined.generated
 
     def _borrowed(self, cluster: int) -> list[Prompt]:
-        """Prompts of other clusters most like this one's, as many as its buffer has room for."""
+        """Prompts of the tenant's other clusters most like this one's, as many as there is room."""
         kept = self._clusters[cluster]
         room = self._config.buffer - len(kept.prompts)
         centre = np.mean(np.stack(kept.embeddings), axis=0)
         others = [
             (float(embedding @ centre), prompt)
             for other, its in self._clusters.items()
-            if other != cluster
+            if other != cluster and its.namespace == kept.namespace
             for prompt, embedding in zip(its.prompts, its.embeddings, strict=True)
         ]
         others.sort(key=lambda pair: -pair[0])
         return [prompt for _, prompt in others[:room]]
-
-
-def _generated(delta: LoraDelta) -> Generated:
-    assert delta.cores is not None
-    assert delta.shift is not None
-    cores, shift = (
-        torch.from_numpy(a.astype(np.float32))[None] for a in (delta.cores, delta.shift)
-    )
-    return Generated(cores=cores, shift=shift)

@@ -106,12 +106,12 @@ class LoraDelta:
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        return sum(array.nbytes for array in self._arrays().values() if array is not None)
+        return sum(array.nbytes for array in self.arrays().values())
 
     def check(self, spec: UpdateSpec) -> None:
         """Raise DeltaError unless shapes and dtypes fit `spec` and every number is finite."""
         for name, shape in _expected_shapes(spec).items():
-            array = self._arrays()[name]
+            array = getattr(self, name)
             if shape is None:
                 if array is not None:
                     raise DeltaError(f"{name} must be absent at depth {spec.depth!r}")
@@ -124,13 +124,15 @@ class LoraDelta:
             if not np.isfinite(array).all():
                 raise DeltaError(f"{name} of update {self.key.id} holds NaN or infinity")
 
-    def _arrays(self) -> dict[str, HalfArray | None]:
-        return {
+    def arrays(self) -> dict[str, HalfArray]:
+        """What it holds, by field."""
+        fields = {
             "cores": self.cores,
             "shift": self.shift,
             "lora_a": self.lora_a,
             "lora_b": self.lora_b,
         }
+        return {name: array for name, array in fields.items() if array is not None}
 
     @classmethod
     def static(cls, key: AdapterKey, spec: UpdateSpec) -> LoraDelta:

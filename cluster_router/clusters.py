@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Literal
 
 from cluster_router.index import CentroidIndex
@@ -50,6 +51,8 @@ class Assigner:
             nothing can be adapted: every request then runs on the base model.
         describe: names clusters for people; without it they are shown without words.
         described_from: prompts that a cluster must stand for to be described.
+        refined: how often the update of a cluster has been refined; without an entry, never. Looked
+            at anew for each prompt.
     """
 
     def __init__(
@@ -60,12 +63,14 @@ class Assigner:
         hypernetwork: str | None,
         describe: Describe | None = None,
         described_from: int = 0,
+        refined: Mapping[int, int] = MappingProxyType({}),
     ) -> None:
         self._index_factory = index_factory
         self._base = base
         self._hypernetwork = hypernetwork
         self._describe = describe or _no_words
         self._described_from = described_from
+        self._refined = refined
         self._clusters = self._build(snapshot)
 
     @property
@@ -139,8 +144,10 @@ class Assigner:
         assert self._hypernetwork is not None, "a snapshot with clusters needs a hypernetwork"
         if row is None:
             return AdapterKey(self._base, self._hypernetwork, cluster=None, version=0)
-        cluster, version = int(snapshot.ids[row]), int(snapshot.versions[row])
-        return AdapterKey(self._base, self._hypernetwork, cluster, version)
+        cluster = int(snapshot.ids[row])
+        refinement = self._refined.get(cluster, 0)
+        version = 0 if refinement else int(snapshot.versions[row])
+        return AdapterKey(self._base, self._hypernetwork, cluster, version, refinement)
 
     def _static(self, snapshot: ClusterSnapshot, similarity: float | None) -> Assignment:
         key = self._key(snapshot, None)
@@ -162,8 +169,9 @@ class Assigner:
             ClusterInfo(
                 id=int(snapshot.ids[row]),
                 size=int(snapshot.sizes[row]),
-                version=key.version,
+                version=int(snapshot.versions[row]),
                 adapter_key=key.id,
+                refinement=key.refinement,
                 characteristic_tokens=words,
             )
             for row, key, words in zip(rows, keys, clusters.words_of(rows), strict=True)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
+from typing import NoReturn
 
 from cluster_router.files import Folder, digest
 from cluster_router.wire.errors import BundleError
@@ -85,3 +87,35 @@ class RefinementStore:
             self._folder.remove(name)
         except OSError as error:
             logger.warning("cannot remove the old refinement %s: %s", name, error)
+
+
+class NewestRefinements:
+    """What a store holds, as this process last saw it. Lives on one event loop.
+
+    Attributes:
+        numbers: of the newest refinement of each cluster that has any; always the same dictionary.
+    """
+
+    def __init__(self, store: RefinementStore) -> None:
+        self._store = store
+        self._failing = False
+        self.numbers: dict[int, int] = {}
+
+    async def refresh(self) -> None:
+        """Look again. What cannot be listed is logged, and what was seen last stays."""
+        try:
+            found = await asyncio.to_thread(self._store.newest)
+        except Exception as error:  # whatever the store's client raises, requests go on
+            if not self._failing:
+                logger.error("%s; requests go on with the refinements seen last", error)
+            self._failing = True
+            return
+        self._failing = False
+        self.numbers.clear()
+        self.numbers.update(found)
+
+    async def follow(self, interval_s: float) -> NoReturn:
+        """Look each `interval_s`, for ever."""
+        while True:
+            await self.refresh()
+            await asyncio.sleep(interval_s)

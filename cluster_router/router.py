@@ -18,9 +18,9 @@ from cluster_router.wire.types import (
     Assignment,
     ClusterInfo,
     Conditioning,
-    FloatArray,
     GenerateRequest,
     GenerateResult,
+    Observation,
     TokenChunk,
     TokenizedRequest,
     TokenLogprob,
@@ -63,8 +63,8 @@ class ClusterRouter:
         assigners: choose clusters, by namespace.
         worker: answers.
         exporter: writes updates for download.
-        observe: given namespace and embedding of each prompt that may be learned from. It must
-            return at once and never fail.
+        observers: shown each prompt that may be learned from. They must return at once and never
+            fail.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class ClusterRouter:
         assigners: TenantAssigners,
         worker: Worker,
         exporter: Exporter,
-        observe: Callable[[str, FloatArray], None] | None = None,
+        observers: Sequence[Callable[[Observation], None]] = (),
     ) -> None:
         self._model = model
         self._prompts = prompts
@@ -83,7 +83,7 @@ class ClusterRouter:
         self._assigners = assigners
         self._worker = worker
         self._exporter = exporter
-        self._observe = observe
+        self._observers = observers
 
     @property
     def model(self) -> ServedModel:
@@ -104,8 +104,10 @@ class ClusterRouter:
         embedding = self._embedder.embed(encoded.content_tokens)
         assigner = self._assigners.of(request.namespace)
         assignment = assigner.assign(embedding, request.adaptation)
-        if request.learn and self._observe is not None:
-            self._observe(request.namespace, embedding)
+        if request.learn:
+            seen = Observation(request.namespace, embedding, encoded.prompt_tokens, assignment)
+            for observe in self._observers:
+                observe(seen)
         return TokenizedRequest(
             request_id=request.request_id or uuid.uuid4().hex,
             prompt_tokens=encoded.prompt_tokens,

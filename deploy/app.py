@@ -14,16 +14,17 @@ from deploy.affinity import router_config
 from deploy.config import AppConfig
 from deploy.learning import LearnerReplica
 from deploy.parts import GeneratorReplica, LMReplica, RouterReplica
+from deploy.refining import RefineryReplica
 
 
 def build(config: AppConfig) -> Application:
-    """Bind router, learner, generator and LM replicas.
+    """Bind router, learner, refinery, generator and LM replicas.
 
     Raises:
         pydantic.ValidationError: a setting is unknown or out of range.
         ConfigError: the bundle does not exist.
     """
-    generator = learner = None
+    generator = learner = refinery = None
     if config.bundle_path is not None:
         generator = (
             serve.deployment(GeneratorReplica)
@@ -40,6 +41,15 @@ def build(config: AppConfig) -> Application:
                 serve.deployment(LearnerReplica)
                 .options(
                     name="CentroidLearner", num_replicas=1, ray_actor_options={"num_cpus": 0.1}
+                )
+                .bind(config)
+            )
+        if config.refinement.enabled:
+            # Never more than one either, of refined updates.
+            refinery = (
+                serve.deployment(RefineryReplica)
+                .options(
+                    name="ClusterRefinery", num_replicas=1, ray_actor_options={"num_cpus": 0.1}
                 )
                 .bind(config)
             )
@@ -61,4 +71,4 @@ def build(config: AppConfig) -> Application:
         max_ongoing_requests=2 * capacity,
         ray_actor_options={"num_cpus": 0.1},
     )
-    return router.bind(config, lm, generator, learner)
+    return router.bind(config, lm, generator, learner, refinery)

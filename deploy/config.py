@@ -7,15 +7,20 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from adapter_gen.refinery import RefineryConfig
 from cluster_router.affinity import AffinityPolicy
 from cluster_router.index import Device
 from cluster_router.learning.config import LearnerConfig
 from cluster_router.wire.errors import ConfigError
+from cluster_router.wire.types import Namespace
 from lm_workers.config import EngineConfig
 from lm_workers.models import DEFAULT_MODEL
 
 SHIPPED = Path(__file__).parent / "bundles"
 """Bundles that come with the project, by name."""
+
+EVERY_NAMESPACE = "*"
+"""In `refinement.namespaces`: the prompts of every tenant may be learned from."""
 
 
 class RouterConfig(BaseModel):
@@ -87,6 +92,36 @@ class LearningConfig(BaseModel):
         return self
 
 
+class RefinementConfig(BaseModel):
+    """Whose prompts clusters are refined on: a few gradient steps now and then, in the background.
+
+    Off unless a namespace is named. The latest prompts of its clusters are then kept in memory, and
+    nowhere else; what is kept of them are the numbers of an update, beside the clusters in
+    `learner.uri`.
+
+    Attributes:
+        namespaces: tenants whose prompts may be learned from; `""` is that of requests that name
+            none, `"*"` every one.
+        device: where the refinery computes. On a CPU it takes what the engine leaves it.
+        refinery: what is kept, and when and how it is learned from.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    namespaces: tuple[Namespace, ...] = ()
+    device: str = "auto"
+    refinery: RefineryConfig = RefineryConfig()
+
+    @property
+    def enabled(self) -> bool:
+        """Whether anything is refined."""
+        return bool(self.namespaces)
+
+    def allows(self, namespace: str) -> bool:
+        """Whether prompts of `namespace` may be learned from."""
+        return namespace in self.namespaces or EVERY_NAMESPACE in self.namespaces
+
+
 class AppConfig(BaseModel):
     """What is served, and how.
 
@@ -95,8 +130,8 @@ class AppConfig(BaseModel):
         served_name: name clients use in `model`; None is `model` itself.
         bundle: name of a shipped bundle or path of one; None serves the base model unadapted.
         routing: how requests are spread over the replicas that serve them.
-        engine, router, generator, learner: settings of the parts. How many replicas of each, and
-            on what resources, is Serve's own `deployments:` section.
+        engine, router, generator, learner, refinement: settings of the parts. How many replicas of
+            each, and on what resources, is Serve's own `deployments:` section.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -109,6 +144,7 @@ class AppConfig(BaseModel):
     router: RouterConfig = RouterConfig()
     generator: GeneratorConfig = GeneratorConfig()
     learner: LearningConfig = LearningConfig()
+    refinement: RefinementConfig = RefinementConfig()
 
     @property
     def name(self) -> str:

@@ -14,12 +14,12 @@ from ray.serve.handle import DeploymentHandle
 
 from adapter_gen.bundle import Bundle
 from cluster_router.clusters import Assigner
-from cluster_router.learning.buffer import Batches, EmbeddingBuffer
 from cluster_router.learning.tenants import TenantLearners, newer
-from cluster_router.learning.worker import LearnerStatus, LearnerWorker
+from cluster_router.learning.worker import Batches, LearnerStatus, LearnerWorker, by_namespace
+from cluster_router.outbox import Outbox
 from cluster_router.tenants import TenantAssigners
 from cluster_router.wire.errors import ConfigError, UnavailableError
-from cluster_router.wire.types import FloatArray
+from cluster_router.wire.types import FloatArray, Observation
 from deploy.config import AppConfig, LearningConfig
 from lm_workers.models.source import default_cache
 
@@ -77,9 +77,12 @@ class RemoteLearner:
     def __init__(self, handle: DeploymentHandle) -> None:
         self._handle = handle
 
-    async def learn(self, batches: Batches) -> None:
-        """Have the learner learn from `batches`. Cancelling the call takes it back."""
-        response = self._handle.learn.remote(batches)
+    async def learn(self, embeddings: list[tuple[str, FloatArray]]) -> None:
+        """Have the learner learn from embeddings [d] of prompts, each with its namespace.
+
+        Cancelling the call takes it back.
+        """
+        response = self._handle.learn.remote(by_namespace(embeddings))
         try:
             await response
         except asyncio.CancelledError:
@@ -104,22 +107,27 @@ class RouterLearning:
         learner: DeploymentHandle | None,
         make: Callable[[], Assigner],
     ) -> None:
-        self.observe: Callable[[str, FloatArray], None] | None = None
+        self._outbox: Outbox[tuple[str, FloatArray]] | None = None
         if bundle is None or learner is None:
             self.assigners = TenantAssigners(make, None, config.max_namespaces)
             return
         published = partial(newer, clusters_uri(config, bundle))
         self.assigners = TenantAssigners(make, published, config.max_namespaces)
         self.assigners.load()
-        buffer = EmbeddingBuffer(
+        self._outbox = Outbox(
             RemoteLearner(learner).learn,
+            "learner",
             config.batch_size,
             config.batch_interval_s,
             config.buffer_size,
         )
-        self.observe = buffer.add
         loop = asyncio.get_running_loop()
         self._tasks = (
-            loop.create_task(buffer.run()),
+            loop.create_task(self._outbox.run()),
             loop.create_task(self.assigners.follow(config.poll_interval_s)),
         )
+
+    def observe(self, seen: Observation) -> None:
+        """Send the embedding of a prompt, and nothing else of it, to the learner."""
+        if self._outbox is not None:
+            self._outbox.add((seen.namespace, seen.embedding))

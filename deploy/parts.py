@@ -41,6 +41,7 @@ from cluster_router.wire.types import (
 from deploy.affinity import routing_stats
 from deploy.config import AppConfig
 from deploy.learning import RouterLearning
+from deploy.refining import RouterRefining, refinement_store
 from lm_workers.build import build_engine
 from lm_workers.models import (
     ModelInfo,
@@ -75,7 +76,10 @@ class GeneratorReplica:
             raise BundleError("there is no bundle to generate from; set `bundle`")
         self._bundle = bundle
         self._generator = AdapterGenerator(
-            bundle, config.generator.cache_bytes, config.generator.device
+            bundle,
+            config.generator.cache_bytes,
+            config.generator.device,
+            None if (store := refinement_store(config, bundle)) is None else store.load,
         )
         # One object a key, however many replicas ask; the store keeps it while the ref lives.
         self._refs: LRUCache[str, ray.ObjectRef] = LRUCache(
@@ -202,6 +206,7 @@ class RouterReplica:
         lm: DeploymentHandle,
         generator: DeploymentHandle | None,
         learner: DeploymentHandle | None,
+        refinery: DeploymentHandle | None,
     ) -> None:
         self._config = config
         path = resolve_model(config.model)
@@ -218,6 +223,12 @@ class RouterReplica:
             _embedded_tokens(bundle, info.context_length),
         )
         describe = CharacteristicTokens(embedding, prompts.token_text)
+        refining = RouterRefining(
+            config.refinement,
+            None if bundle is None else refinement_store(config, bundle),
+            refinery,
+            config.learner.poll_interval_s,
+        )
 
         def assigner() -> Assigner:
             return Assigner(
@@ -227,6 +238,7 @@ class RouterReplica:
                 hypernetwork=None if bundle is None else bundle.hypernetwork_id,
                 describe=describe,
                 described_from=config.router.described_from,
+                refined=refining.refined,
             )
 
         learning = RouterLearning(config.learner, bundle, learner, assigner)
@@ -242,7 +254,7 @@ class RouterReplica:
             assigners=learning.assigners,
             worker=self._lm,
             exporter=RemoteGenerator(generator),
-            observe=learning.observe,
+            observers=(learning.observe, refining.observe),
         )
 
     def __serve_build_asgi_app__(self) -> FastAPI:

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NoReturn
 
-from cluster_router.learning.buffer import Batches
+import numpy as np
+
 from cluster_router.learning.tenants import TenantLearners
 from cluster_router.wire.errors import ChameleonError
+from cluster_router.wire.types import FloatArray
+
+Batches = Sequence[tuple[str, FloatArray]]
+"""Namespaces, each with embeddings [N, d] of its prompts, oldest first."""
 
 logger = logging.getLogger(__name__)
 
@@ -105,3 +111,11 @@ class LearnerWorker:
             else:
                 if self._failures.pop(namespace, None):
                     logger.warning("clusters are published again")
+
+
+def by_namespace(embeddings: Iterable[tuple[str, FloatArray]]) -> Batches:
+    """Embeddings [d] of single prompts, each with its namespace, as batches."""
+    rows: dict[str, list[FloatArray]] = {}
+    for namespace, embedding in embeddings:
+        rows.setdefault(namespace, []).append(embedding)
+    return [(namespace, np.stack(found)) for namespace, found in rows.items()]

@@ -114,13 +114,17 @@ class ModelList(TypedDict):
 
 
 class ClusterView(TypedDict):
-    """A cluster of the current snapshot. `size` counts the prompts behind it."""
+    """A cluster of the current snapshot. `size` counts the prompts behind it.
+
+    `refinement` counts how often its update has been refined on its own prompts.
+    """
 
     id: int
     object: Literal["cluster"]
     size: int
     version: int
     adapter_key: str
+    refinement: int
     characteristic_tokens: list[str]
 
 

@@ -92,18 +92,22 @@ class AdapterKey:
 
     `cluster` is None for the static update (the learned part that every cluster shares).
     `version` is the snapshot version at which this cluster last moved, so a snapshot that leaves a
-    cluster in place leaves its key in place.
+    cluster in place leaves its key in place. `refinement` counts how often the cluster's update
+    has been refined; a refined one no longer depends on where the cluster is, and has version 0.
     """
 
     base: str
     hypernetwork: str
     cluster: int | None
     version: int
+    refinement: int = 0
 
     @property
     def id(self) -> str:
         """Sixteen hex digits that name this update everywhere it is cached or shown."""
         text = f"{self.base}/{self.hypernetwork}/{self.cluster}/{self.version}"
+        if self.refinement:
+            text += f"/refined-{self.refinement}"
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -134,6 +138,23 @@ class Assignment:
     similarity: float | None = None
     snapshot_version: int = 0
     conditioning: Conditioning | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Observation:
+    """What a request leaves behind for those who learn from the traffic, if it may be learned from.
+
+    Attributes:
+        namespace: the tenant whose clusters may learn from it.
+        embedding: float32 [d], of the prompt.
+        prompt_tokens: the prompt, as the model reads it.
+        assignment: what it runs under.
+    """
+
+    namespace: str
+    embedding: FloatArray
+    prompt_tokens: tuple[int, ...]
+    assignment: Assignment
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,6 +248,7 @@ class GenerateResult:
 class ClusterInfo:
     """A cluster as shown to callers.
 
+    `refinement` counts how often its update has been refined on its prompts.
     `characteristic_tokens` are the vocabulary entries that set the cluster apart from the mean of
     all traffic; they are derived from the centroid alone.
     """
@@ -235,4 +257,5 @@ class ClusterInfo:
     size: int
     version: int
     adapter_key: str
+    refinement: int = 0
     characteristic_tokens: tuple[str, ...] = field(default=())

@@ -1,6 +1,8 @@
 import asyncio
+import logging
 import threading
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 
 from adapter_gen.bundle import Bundle
 from adapter_gen.cache import DeltaCache
+from adapter_gen.codec import encode_delta
 from adapter_gen.generator import AdapterGenerator
 from adapter_gen.hypernetwork import CoreConfig, CoreHypernetwork, Generated
 from adapter_gen.update import Depth, LoraDelta
@@ -252,3 +255,45 @@ def test_cache_never_exceeds_its_bytes_and_drops_the_oldest(
         assert sum(2 * other.version for other in held) == cache.currsize <= max_bytes
         assert held == order[len(order) - len(held) :]
         order = held
+
+
+def nan_in_cores(delta: LoraDelta) -> LoraDelta:
+    return replace(delta, cores=np.full_like(delta.cores, np.nan))
+
+
+def of_another_rank(delta: LoraDelta) -> LoraDelta:
+    assert delta.cores is not None
+    return replace(delta, cores=delta.cores[:, :2])
+
+
+def test_a_refined_update_is_read_and_what_the_generator_makes_stands_in_for_it(
+    make_bundle: MakeBundle, caplog: pytest.LogCaptureFixture
+) -> None:
+    bundle = make_bundle("full")
+    made = AdapterGenerator(bundle)
+    key, conditioning = ask(made, 2)
+    generated = made.generate(key, conditioning)
+    assert generated.cores is not None
+    kept: dict[tuple[int | None, int], bytes] = {
+        (key.cluster, 3): encode_delta(replace(generated, cores=generated.cores + 1))
+    }
+    generator = AdapterGenerator(bundle, refined=lambda *which: kept.get(which))
+    refined = replace(key, version=0, refinement=3)
+    found = generator.generate(refined, conditioning)
+    assert found.key == refined
+    assert found.cores is not None
+    assert np.array_equal(found.cores, generated.cores + 1)
+    assert np.array_equal(generator.generate(key, conditioning).cores, generated.cores)
+
+    for spoil in (nan_in_cores, of_another_rank):
+        kept[key.cluster, 3] = encode_delta(spoil(generated))
+        with caplog.at_level(logging.ERROR):
+            stand_in = generator.generate(refined, conditioning)
+        assert np.array_equal(stand_in.cores, generated.cores)
+    kept[key.cluster, 3] = b"torn"
+    assert np.array_equal(generator.generate(refined, conditioning).cores, generated.cores)
+    assert [" is not served refined" in record.message for record in caplog.records] == [True] * 3
+    kept.clear()
+    assert np.array_equal(generator.generate(refined, conditioning).cores, generated.cores)
+    made.close()
+    generator.close()

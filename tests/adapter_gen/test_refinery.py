@@ -34,9 +34,12 @@ def generate(key: AdapterKey, conditioning: Conditioning) -> LoraDelta:
     return LoraDelta(key, cores=CORES, shift=np.zeros(8, np.float16))
 
 
-def offered(cluster: int | None, token: int, direction: int = 0) -> Offered:
+def offered(
+    cluster: int | None, token: int, direction: int = 0, namespace: str = "tenant"
+) -> Offered:
     embedding = np.eye(4, dtype=np.float32)[direction]
     return Offered(
+        namespace,
         AdapterKey("base", "hyper", cluster, 1),
         Conditioning(embedding, 5.0),
         embedding,
@@ -95,6 +98,34 @@ def test_a_small_cluster_borrows_the_prompts_most_like_it() -> None:
     assert len(tokens) == CONFIG.buffer
     assert tokens[-8:] == list(range(8))
     assert all(token >= 200 for token in tokens[:-8])
+
+
+def test_prompts_of_one_tenant_teach_no_other() -> None:
+    recorder = Recorder()
+    kept = refinery(recorder)
+    for count in range(20):
+        kept.offer(offered(2, 100 + count, namespace="other"))
+    for count in range(8):
+        kept.offer(offered(1, count))
+    kept.refine(1)
+    assert recorder.calls[0][0] == list(range(8))
+
+
+def test_the_end_of_a_long_prompt_is_kept() -> None:
+    lengths = []
+
+    class Measuring(Recorder):
+        def refine(self, prompts, start):
+            lengths.extend((len(prompt), int(prompt[-1])) for prompt in prompts)
+            return super().refine(prompts, start)
+
+    kept = refinery(Measuring())
+    for _ in range(8):
+        one = offered(1, 0)
+        one.tokens[-1] = 9
+        kept.offer(one)
+    kept.refine(1)
+    assert lengths == [(CONFIG.prompt_tokens, 9)] * 8
 
 
 def test_prompts_are_bounded_and_those_without_a_cluster_let_go() -> None:

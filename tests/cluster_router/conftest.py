@@ -16,7 +16,13 @@ from cluster_router.prompts import PromptEncoder
 from cluster_router.router import ClusterRouter, ServedModel
 from cluster_router.tenants import TenantAssigners
 from cluster_router.wire.snapshot import ClusterSnapshot
-from cluster_router.wire.types import AdapterKey, Conditioning, TokenChunk, TokenizedRequest
+from cluster_router.wire.types import (
+    AdapterKey,
+    Conditioning,
+    Observation,
+    TokenChunk,
+    TokenizedRequest,
+)
 
 WORDS = ["sail", "mast", "wind", "court", "judge", "law", "user", "system", "assistant", "tool"]
 TEMPLATE = (
@@ -158,8 +164,8 @@ def assigners(ship_and_court: ClusterSnapshot) -> TenantAssigners:
 
 
 @pytest.fixture
-def observed() -> list[tuple[str, np.ndarray]]:
-    """What the router lets the learner know."""
+def observed() -> list[Observation]:
+    """What the router shows of prompts that may be learned from."""
     return []
 
 
@@ -171,11 +177,8 @@ def router(
     assigners: TenantAssigners,
     worker: Any,
     exporter: Any,
-    observed: list[tuple[str, np.ndarray]],
+    observed: list[Observation],
 ) -> ClusterRouter:
     model = ServedModel("tiny", created=1, context_length=32, vocab_size=len(tokenizer))
-
-    def observe(namespace: str, embedding: np.ndarray) -> None:
-        observed.append((namespace, embedding))
-
-    return ClusterRouter(model, prompts, embedder, assigners, worker, exporter, observe)
+    observers = [observed.append]
+    return ClusterRouter(model, prompts, embedder, assigners, worker, exporter, observers)

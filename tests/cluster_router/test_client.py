@@ -195,13 +195,13 @@ async def test_adaptation_is_passed_on(ask: Callable[..., Coroutine]) -> None:
 
 
 async def test_namespace_and_learn_are_passed_on(
-    ask: Callable[..., Coroutine], observed: list[tuple[str, Any]]
+    ask: Callable[..., Coroutine], observed: list[Any]
 ) -> None:
     await ask("generate", "law", namespace="a")
     await ask("stream", "law", learn=False)
     await ask("stream", "law", namespace="b")
     await ask("assign", "law", namespace="c")
-    assert [namespace for namespace, _ in observed] == ["a", "b"]
+    assert [seen.namespace for seen in observed] == ["a", "b"]
     assert [info.id for info in await ask("clusters", "a")] == [10, 20]
     with pytest.raises(RequestError, match="namespace must be at most 128 printable") as caught:
         await ask("generate", "law", namespace="\n")

@@ -163,3 +163,20 @@ def test_info_names_clusters_by_the_direction_from_the_mean(
     # Each direction is described once a snapshot, and only when it is shown.
     expected = np.eye(3, 8) - 0.25
     assert np.array_equal(np.concatenate(seen), expected[[1, 0, 2]])
+
+
+def test_a_refined_cluster_has_the_key_of_its_refinement(
+    make_snapshot: Callable[..., ClusterSnapshot],
+) -> None:
+    refined: dict[int, int] = {}
+    assigner = Assigner(make_snapshot(np.eye(4)), FaissIndex, "base", "hyper", refined=refined)
+    before = assigner.assign(np.eye(4, dtype=np.float32)[1])
+    refined[20] = 3
+    after = assigner.assign(np.eye(4, dtype=np.float32)[1])
+    assert before.key == AdapterKey("base", "hyper", 20, 2)
+    assert after.key == AdapterKey("base", "hyper", 20, 0, refinement=3)
+    assert before.key is not None and after.key is not None
+    assert before.key.id != after.key.id
+    shown = assigner.cluster(20)
+    assert (shown.version, shown.refinement, shown.adapter_key) == (2, 3, after.key.id)
+    assert assigner.cluster(10).refinement == 0

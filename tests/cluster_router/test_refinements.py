@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster_router.refinements import RefinementStore
+from cluster_router.refinements import NewestRefinements, RefinementStore
 from cluster_router.wire.errors import BundleError, SetupError
 
 
@@ -53,3 +53,28 @@ def test_other_files_are_left_alone(tmp_path: Path) -> None:
     store.save(7, 1, b"one")
     assert store.newest() == {7: 1}
     assert len(list(tmp_path.iterdir())) == 2
+
+
+async def test_a_reader_follows_and_keeps_what_it_saw_when_it_cannot_look(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "refined"
+    store = RefinementStore(str(folder))
+    newest = NewestRefinements(store)
+    numbers = newest.numbers
+    await newest.refresh()
+    assert numbers == {}
+    store.save(7, 1, b"one")
+    await newest.refresh()
+    assert numbers == {7: 1}
+    away = folder.rename(tmp_path / "away")
+    folder.write_text("in the way")
+    for _ in range(2):
+        await newest.refresh()
+    assert numbers == {7: 1}
+    assert len(caplog.records) == 1, "said once"
+    folder.unlink()
+    away.rename(folder)
+    store.forget(7)
+    await newest.refresh()
+    assert numbers == {}

@@ -11,7 +11,13 @@ from cluster_router.wire.errors import (
     RequestError,
     UnknownClusterError,
 )
-from cluster_router.wire.types import AdapterKey, GenerateRequest, Message, SamplingParams
+from cluster_router.wire.types import (
+    AdapterKey,
+    GenerateRequest,
+    Message,
+    Observation,
+    SamplingParams,
+)
 
 
 def ask(prompt: str = "sail wind", max_tokens: int = 3, **fields: Any) -> GenerateRequest:
@@ -63,15 +69,18 @@ def test_assignment_is_a_function_of_the_request(router: ClusterRouter) -> None:
     assert router.assign(ask("sail court")).similarity == alone
 
 
-def test_the_learner_is_given_the_embedding_and_nothing_else(
-    router: ClusterRouter, observed: list[tuple[str, np.ndarray]]
+def test_only_what_may_be_learned_from_is_shown(
+    router: ClusterRouter, observed: list[Observation]
 ) -> None:
-    router.prepare(ask("sail wind", namespace="a"))
+    prepared = router.prepare(ask("sail wind", namespace="a"))
     router.prepare(ask("sail wind", learn=False))
     router.assign(ask("sail wind"))
     router.prepare(ask("judge", adaptation="off"))
-    assert [namespace for namespace, _ in observed] == ["a", ""]
-    assert observed[0][1].shape == (32,)
+    assert [seen.namespace for seen in observed] == ["a", ""]
+    assert observed[0].embedding.shape == (32,)
+    assert observed[0].prompt_tokens == prepared.prompt_tokens
+    assert observed[0].assignment is prepared.assignment
+    assert observed[1].assignment.key is None
     with pytest.raises(RequestError):
         router.prepare(ask(max_tokens=1000))
     assert len(observed) == 2

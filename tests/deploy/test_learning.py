@@ -22,7 +22,7 @@ def bundle(bundle_path: Path) -> Bundle:
 def learner(**settings: object) -> Application | None:
     """What the router is bound to as its learner."""
     built = build(AppConfig.model_validate(settings))
-    bound: Application | None = built._bound_deployment.init_args[-1]
+    bound: Application | None = built._bound_deployment.init_args[3]
     return bound
 
 

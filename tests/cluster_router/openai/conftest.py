@@ -162,7 +162,7 @@ def build_router(worker: ScriptedWorker) -> ClusterRouter:
         TenantAssigners(lambda: Assigner(snapshot, FaissIndex, "base", "hyper")),
         worker,
         ZipExporter(),
-        lambda namespace, _: worker.observed.append(namespace),
+        [lambda seen: worker.observed.append(seen.namespace)],
     )
 
 

@@ -8,7 +8,11 @@ from contextlib import asynccontextmanager, suppress
 import numpy as np
 import pytest
 
-from cluster_router.learning.buffer import Batches, EmbeddingBuffer
+from cluster_router.learning.worker import Batches, by_namespace
+from cluster_router.outbox import Outbox
+from cluster_router.wire.types import FloatArray
+
+Item = tuple[str, FloatArray]
 
 
 class Learner:
@@ -19,12 +23,12 @@ class Learner:
         self.failure: Exception | None = None
         self.stall: asyncio.Event | None = None
 
-    async def learn(self, batches: Batches) -> None:
+    async def learn(self, items: list[Item]) -> None:
         if self.stall is not None:
             await self.stall.wait()
         if self.failure is not None:
             raise self.failure
-        self.calls.append(batches)
+        self.calls.append(by_namespace(items))
 
     def numbers(self, namespace: str) -> list[int]:
         """First coordinates of all embeddings of a namespace, in the order they came."""
@@ -42,8 +46,8 @@ def learner() -> Learner:
 
 
 @asynccontextmanager
-async def running(buffer: EmbeddingBuffer) -> AsyncIterator[None]:
-    task = asyncio.create_task(buffer.run())
+async def running(outbox: Outbox[Item]) -> AsyncIterator[None]:
+    task = asyncio.create_task(outbox.run())
     try:
         yield
     finally:
@@ -59,11 +63,11 @@ async def until(check: Callable[[], bool]) -> None:
 
 
 async def test_each_namespace_in_order_within_the_interval(learner: Learner) -> None:
-    buffer = EmbeddingBuffer(learner.learn, size=100, interval_s=0.02)
-    async with running(buffer):
+    outbox = Outbox(learner.learn, size=100, interval_s=0.02)
+    async with running(outbox):
         for number in range(6):
-            buffer.add("ab"[number % 2], embedding(number))
-        await until(lambda: buffer.sent == 6)
+            outbox.add(("ab"[number % 2], embedding(number)))
+        await until(lambda: outbox.sent == 6)
     assert len(learner.calls) == 1
     assert learner.numbers("a") == [0, 2, 4]
     assert learner.numbers("b") == [1, 3, 5]
@@ -71,54 +75,54 @@ async def test_each_namespace_in_order_within_the_interval(learner: Learner) -> 
 
 
 async def test_a_full_batch_does_not_wait(learner: Learner) -> None:
-    buffer = EmbeddingBuffer(learner.learn, size=4, interval_s=60)
-    async with running(buffer):
+    outbox = Outbox(learner.learn, size=4, interval_s=60)
+    async with running(outbox):
         for number in range(4):
-            buffer.add("", embedding(number))
-        await until(lambda: buffer.sent == 4)
-        buffer.add("", embedding(4))
+            outbox.add(("", embedding(number)))
+        await until(lambda: outbox.sent == 4)
+        outbox.add(("", embedding(4)))
         await asyncio.sleep(0.05)
-        assert buffer.sent == 4
+        assert outbox.sent == 4
 
 
 async def test_while_the_learner_hangs_the_oldest_make_room(learner: Learner) -> None:
-    buffer = EmbeddingBuffer(learner.learn, size=1, interval_s=0.01, capacity=5)
+    outbox = Outbox(learner.learn, size=1, interval_s=0.01, capacity=5)
     learner.stall = asyncio.Event()
-    async with running(buffer):
-        buffer.add("", embedding(0))
+    async with running(outbox):
+        outbox.add(("", embedding(0)))
         await asyncio.sleep(0.05)  # on its way
         for number in range(1, 9):
-            buffer.add("", embedding(number))
-        assert buffer.dropped == 3
+            outbox.add(("", embedding(number)))
+        assert outbox.dropped == 3
         learner.stall.set()
-        await until(lambda: buffer.sent == 6)
+        await until(lambda: outbox.sent == 6)
     assert learner.numbers("") == [0, 4, 5, 6, 7, 8]
 
 
 async def test_a_learner_that_fails_is_told_the_next_ones(
     learner: Learner, caplog: pytest.LogCaptureFixture
 ) -> None:
-    buffer = EmbeddingBuffer(learner.learn, size=1, interval_s=0.01)
+    outbox = Outbox(learner.learn, size=1, interval_s=0.01)
     learner.failure = RuntimeError("dead")
-    async with running(buffer):
+    async with running(outbox):
         with caplog.at_level(logging.WARNING):
             for number in range(3):
-                buffer.add("", embedding(number))
-                await until(lambda number=number: buffer.lost == number + 1)
+                outbox.add(("", embedding(number)))
+                await until(lambda number=number: outbox.lost == number + 1)
         assert [record.message.count("dead") for record in caplog.records] == [1]
         learner.failure = None
-        buffer.add("", embedding(3))
-        await until(lambda: buffer.sent == 1)
+        outbox.add(("", embedding(3)))
+        await until(lambda: outbox.sent == 1)
     assert learner.numbers("") == [3]
 
 
 async def test_a_learner_that_hangs_is_given_up(learner: Learner) -> None:
-    buffer = EmbeddingBuffer(learner.learn, size=1, interval_s=0.01, patience_s=0.05)
+    outbox = Outbox(learner.learn, size=1, interval_s=0.01, patience_s=0.05)
     learner.stall = asyncio.Event()
-    async with running(buffer):
-        buffer.add("", embedding(0))
-        await until(lambda: buffer.lost == 1)
+    async with running(outbox):
+        outbox.add(("", embedding(0)))
+        await until(lambda: outbox.lost == 1)
         learner.stall = None
-        buffer.add("", embedding(1))
-        await until(lambda: buffer.sent == 1)
+        outbox.add(("", embedding(1)))
+        await until(lambda: outbox.sent == 1)
     assert learner.numbers("") == [1]

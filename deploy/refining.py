@@ -1,0 +1,136 @@
+"""Refinement of served clusters: the refinery's deployment, and the routers' side of it.
+
+Routers send the prompts that may be learned from to the one refinery and forget them; it keeps
+refined updates in a folder; routers see there which is the newest of a cluster, and generators read
+it. So no request ever waits for a refinement.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Mapping
+
+import numpy as np
+from ray.serve.handle import DeploymentHandle
+
+from adapter_gen.bundle import Bundle
+from adapter_gen.generator import AdapterGenerator
+from adapter_gen.refine import Refiner
+from adapter_gen.refinery import ClusterRefinery, Offered
+from adapter_gen.refinery_worker import RefineryStatus, RefineryWorker
+from cluster_router.outbox import Outbox
+from cluster_router.refinements import NewestRefinements, RefinementStore
+from cluster_router.wire.errors import ConfigError, UnavailableError
+from cluster_router.wire.types import Observation
+from deploy.config import AppConfig, RefinementConfig
+from deploy.learning import clusters_uri
+from lm_workers.build import pick_device
+from lm_workers.models import describe_model, load_causal_lm, resolve_dtype, resolve_model
+
+_NICENESS = 10
+_BATCH = 16
+
+
+def refinement_store(config: AppConfig, bundle: Bundle) -> RefinementStore | None:
+    """Where refined updates of a bundle's clusters are; None where nothing is refined.
+
+    Beside the clusters themselves: the ids of one mean nothing without the other.
+    """
+    if not config.refinement.enabled:
+        return None
+    return RefinementStore(f"{clusters_uri(config.learner, bundle)}/refined")
+
+
+class RefineryReplica:
+    """Serves a RefineryWorker. On a CPU it runs at low priority, beside the engine."""
+
+    def __init__(self, config: AppConfig) -> None:
+        path = resolve_model(config.model)
+        bundle_path = config.bundle_path
+        if bundle_path is None:
+            raise ConfigError("there is no bundle whose clusters could be refined; set `bundle`")
+        bundle = Bundle.load(bundle_path, describe_model(path, config.name).fingerprint)
+        store = refinement_store(config, bundle)
+        assert store is not None, "bound only where it is enabled"
+        refinery = config.refinement.refinery
+        device = pick_device(config.refinement.device)
+        if device == "cpu":
+            os.nice(_NICENESS)
+        model = load_causal_lm(path, resolve_dtype("auto", device), device)
+        refiner = Refiner(model, bundle.spec, bundle.bases, refinery.refine)
+        generator = AdapterGenerator(bundle, refined=store.load)
+        self._worker = RefineryWorker(
+            ClusterRefinery(refiner, generator.generate, refinery), store, bundle.spec, refinery
+        )
+        self._refining = asyncio.get_running_loop().create_task(self._worker.run())
+
+    async def offer(self, offered: list[Offered]) -> None:
+        """See RefineryWorker.offer."""
+        await self._worker.offer(offered)
+
+    async def status(self) -> RefineryStatus:
+        """See RefineryWorker.status."""
+        return self._worker.status()
+
+    def check_health(self) -> None:
+        """Let Serve replace a refinery that refines no more."""
+        if self._refining.done():
+            raise UnavailableError("the refinery has stopped")
+
+
+class RouterRefining:
+    """A router's part: prompts go out, numbers of refinements come in. For use on an event loop.
+
+    Attributes:
+        refined: how often the update of each cluster has been refined; follows the store.
+
+    Args:
+        config: the settings.
+        store: None where nothing is refined.
+        refinery: None where nothing is refined.
+        poll_interval_s: how often the store is looked at.
+    """
+
+    def __init__(
+        self,
+        config: RefinementConfig,
+        store: RefinementStore | None,
+        refinery: DeploymentHandle | None,
+        poll_interval_s: float,
+    ) -> None:
+        self._config = config
+        self._outbox: Outbox[Offered] | None = None
+        self.refined: Mapping[int, int] = {}
+        if store is None or refinery is None:
+            return
+        newest = NewestRefinements(store)
+        self.refined = newest.numbers
+
+        async def send(offered: list[Offered]) -> None:
+            await refinery.offer.remote(offered)
+
+        self._outbox = Outbox(send, "refinery", size=_BATCH)
+        loop = asyncio.get_running_loop()
+        self._tasks = (
+            loop.create_task(self._outbox.run()),
+            loop.create_task(newest.follow(poll_interval_s)),
+        )
+
+    def observe(self, seen: Observation) -> None:
+        """Send a prompt that chose its own cluster to the refinery, if its namespace allows it."""
+        chosen = seen.assignment
+        if self._outbox is None or not self._config.allows(seen.namespace):
+            return
+        if chosen.key is None or chosen.conditioning is None or chosen.similarity is None:
+            return
+        tokens = seen.prompt_tokens[-self._config.refinery.prompt_tokens :]
+        self._outbox.add(
+            Offered(
+                seen.namespace,
+                chosen.key,
+                chosen.conditioning,
+                seen.embedding,
+                np.array(tokens, np.int32),
+            )
+        )

@@ -1,0 +1,161 @@
+"""A refinery that prompts reach at any time, with a real refiner on a small model."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
+
+import numpy as np
+import pytest
+import torch
+
+from adapter_gen.codec import decode_delta
+from adapter_gen.hypernetwork import Generated
+from adapter_gen.refine import Refined
+from adapter_gen.refinery import ClusterRefinery, Offered, RefineryConfig
+from adapter_gen.refinery_worker import RefineryWorker
+from adapter_gen.update import LoraDelta, Site, UpdateSpec
+from cluster_router.wire.errors import DeltaError, SetupError
+from cluster_router.wire.types import AdapterKey, Conditioning
+
+SPEC = UpdateSpec("head", 4, 8, (Site("head", 8, 8),))
+CONFIG = RefineryConfig(every=8, buffer=16, max_clusters=2)
+
+
+class Store:
+    """In memory; full where told to be."""
+
+    def __init__(self) -> None:
+        self.files: dict[int, dict[int, bytes]] = {}
+        self.full = False
+
+    def newest(self) -> dict[int, int]:
+        return {cluster: max(files) for cluster, files in self.files.items()}
+
+    def save(self, cluster: int, number: int, data: bytes) -> None:
+        if self.full:
+            raise SetupError("no space left")
+        self.files.setdefault(cluster, {})[number] = data
+
+    def forget(self, cluster: int) -> None:
+        del self.files[cluster]
+
+
+class Refiner:
+    """Moves by one, or not at all, or fails. The real one has tests of its own."""
+
+    def __init__(self) -> None:
+        self.scale = 1.0
+        self.fails = False
+
+    def refine(self, prompts, start: Generated) -> Refined:
+        if self.fails:
+            raise DeltaError("a loss of nan")
+        moved = Generated(cores=start.cores + self.scale, shift=start.shift)
+        return Refined(moved, self.scale, 0.1, 1)
+
+
+def generate(key: AdapterKey, conditioning: Conditioning) -> LoraDelta:
+    return LoraDelta.static(key, SPEC)
+
+
+@pytest.fixture
+def refiner() -> Refiner:
+    return Refiner()
+
+
+@pytest.fixture
+def store() -> Store:
+    return Store()
+
+
+@pytest.fixture
+async def worker(refiner: Refiner, store: Store) -> AsyncIterator[RefineryWorker]:
+    refinery = ClusterRefinery(refiner, generate, CONFIG)  # type: ignore[arg-type]
+    worker = RefineryWorker(refinery, store, SPEC, CONFIG)
+    task = asyncio.create_task(worker.run())
+    yield worker
+    task.cancel()
+    with suppress(asyncio.CancelledError):
+        await task
+    worker.close()
+
+
+def prompts(cluster: int, count: int = 8) -> list[Offered]:
+    embedding = np.ones(4, np.float32) / 2
+    key, seen = AdapterKey("base", "hyper", cluster, 1), Conditioning(embedding, 5.0)
+    return [Offered("", key, seen, embedding, np.arange(20, dtype=np.int32)) for _ in range(count)]
+
+
+async def until(check: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not check():
+            await asyncio.sleep(0.005)
+
+
+def cores(store: Store, cluster: int, number: int) -> float:
+    data = store.files[cluster][number]
+    found = decode_delta(data, AdapterKey("base", "hyper", cluster, 0, number), SPEC)
+    assert found.cores is not None
+    return float(found.cores.mean())
+
+
+async def test_what_is_refined_is_kept_under_the_next_number(
+    worker: RefineryWorker, store: Store
+) -> None:
+    await worker.offer(prompts(7, 7))
+    await asyncio.sleep(0.05)
+    assert store.files == {}
+    await worker.offer(prompts(7, 1))
+    await until(lambda: worker.status().refined == 1)
+    assert cores(store, 7, 1) == 1.0
+    await worker.offer(prompts(7))
+    await until(lambda: worker.status().refined == 2)
+    assert cores(store, 7, 2) == 2.0
+    assert worker.status().offered == 16
+
+
+async def test_where_nothing_is_gained_nothing_is_kept(
+    worker: RefineryWorker, store: Store, refiner: Refiner
+) -> None:
+    refiner.scale = 0.0
+    await worker.offer(prompts(7))
+    await until(lambda: worker.status().unchanged == 1)
+    assert store.files == {}
+
+
+async def test_it_goes_on_after_a_failure(
+    worker: RefineryWorker, store: Store, refiner: Refiner, caplog: pytest.LogCaptureFixture
+) -> None:
+    refiner.fails = True
+    await worker.offer(prompts(7))
+    await until(lambda: worker.status().failed == 1)
+    refiner.fails, store.full = False, True
+    await worker.offer(prompts(7))
+    await until(lambda: worker.status().failed == 2)
+    said = [record.message for record in caplog.records]
+    assert [text.partition(": ")[2] for text in said] == ["a loss of nan", "no space left"]
+    store.full = False
+    await worker.offer(prompts(7, 16))
+    await until(lambda: worker.status().refined == 1)
+    assert cores(store, 7, 1) == 2.0, "what the full disk refused is not lost"
+
+
+async def test_a_number_that_overflows_is_refused(
+    worker: RefineryWorker, store: Store, refiner: Refiner
+) -> None:
+    refiner.scale = float(torch.finfo(torch.float16).max) * 2
+    await worker.offer(prompts(7))
+    await until(lambda: worker.status().failed == 1)
+    assert store.files == {}
+
+
+async def test_refinements_of_clusters_without_prompts_make_room(
+    worker: RefineryWorker, store: Store
+) -> None:
+    store.files = {1: {5: b"of an earlier run"}, 2: {1: b"of an earlier run"}}
+    await worker.offer(prompts(2, 1))
+    await worker.offer(prompts(3))
+    await until(lambda: worker.status().refined == 1)
+    assert set(store.files) == {2, 3}
