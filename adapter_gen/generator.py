@@ -19,8 +19,9 @@ from adapter_gen.update import LoraDelta
 from cluster_router.wire.errors import ChameleonError, ConfigError, DeltaError
 from cluster_router.wire.types import AdapterKey, Conditioning
 
-LoadRefined = Callable[[int, int], bytes | None]
-"""Reads refinement n of a cluster, as `codec.encode_delta` wrote it; None where it is gone."""
+LoadRefined = Callable[[str], bytes | None]
+"""Reads the refined update with a content id, as `codec.encode_delta` wrote it; None where it is
+gone."""
 
 logger = logging.getLogger(__name__)
 
@@ -121,7 +122,7 @@ class AdapterGenerator:
         spec = self.bundle.spec
         if key.cluster is None:
             return LoraDelta.static(key, spec)
-        if key.refinement and (found := self._load_refined(key, key.cluster)) is not None:
+        if key.refinement and (found := self._load_refined(key)) is not None:
             return found
         if conditioning is None:
             raise DeltaError(f"the update of cluster {key.cluster} needs its conditioning")
@@ -161,15 +162,15 @@ class AdapterGenerator:
         self._last_seconds = time.perf_counter() - started
         return delta
 
-    def _load_refined(self, key: AdapterKey, cluster: int) -> LoraDelta | None:
+    def _load_refined(self, key: AdapterKey) -> LoraDelta | None:
         try:
-            data = None if self._refined is None else self._refined(cluster, key.refinement)
+            data = None if self._refined is None else self._refined(key.refinement)
             if data is not None:
                 return decode_delta(data, key, self.bundle.spec)
         except ChameleonError as error:
-            logger.error("cluster %d is not served refined: %s", cluster, error)
+            logger.error("cluster %s is not served refined: %s", key.cluster, error)
         else:
-            logger.warning("refinement %d of cluster %d is gone", key.refinement, cluster)
+            logger.warning("refinement %s of cluster %s is gone", key.refinement, key.cluster)
         return None
 
     def _check_key(self, key: AdapterKey) -> None:

@@ -19,6 +19,9 @@ from adapter_gen.refine import Prompt, RefineConfig, Refiner
 from adapter_gen.update import LoraDelta
 from cluster_router.wire.types import AdapterKey, Conditioning, FloatArray
 
+Place = tuple[str, int]
+"""A namespace and the id of a cluster in it."""
+
 Generate = Callable[[AdapterKey, Conditioning], LoraDelta]
 
 
@@ -65,7 +68,6 @@ class Offered:
 
 @dataclass(eq=False)
 class _Cluster:
-    namespace: str
     key: AdapterKey
     conditioning: Conditioning
     prompts: deque[Prompt]
@@ -88,17 +90,16 @@ class ClusterRefinery:
         self._refiner = refiner
         self._generate = generate
         self._config = config
-        self._clusters: OrderedDict[int, _Cluster] = OrderedDict()
+        self._clusters: OrderedDict[Place, _Cluster] = OrderedDict()
 
     def offer(self, offered: Offered) -> None:
         """Keep a prompt for its cluster; one without a cluster is let go."""
-        cluster = offered.key.cluster
-        if cluster is None:
+        if offered.key.cluster is None:
             return
+        place = (offered.namespace, offered.key.cluster)
         config = self._config
-        if cluster not in self._clusters:
-            self._clusters[cluster] = _Cluster(
-                offered.namespace,
+        if place not in self._clusters:
+            self._clusters[place] = _Cluster(
                 offered.key,
                 offered.conditioning,
                 deque(maxlen=config.buffer),
@@ -106,27 +107,27 @@ class ClusterRefinery:
             )
             if len(self._clusters) > config.max_clusters:
                 self._clusters.popitem(last=False)
-        self._clusters.move_to_end(cluster)
-        kept = self._clusters[cluster]
+        self._clusters.move_to_end(place)
+        kept = self._clusters[place]
         kept.key, kept.conditioning = offered.key, offered.conditioning
         kept.prompts.append(offered.tokens[-config.prompt_tokens :].astype(np.int32))
         kept.embeddings.append(offered.embedding)
         kept.fresh += 1
 
-    def holds(self, cluster: int) -> bool:
-        """Whether prompts of a cluster are kept."""
-        return cluster in self._clusters
+    def held(self) -> list[Place]:
+        """Clusters whose prompts are kept."""
+        return list(self._clusters)
 
-    def due(self) -> int | None:
+    def due(self) -> Place | None:
         """The cluster with most new prompts among those that have enough; None if none has."""
         found = [
-            (kept.fresh, cluster)
-            for cluster, kept in self._clusters.items()
+            (kept.fresh, place)
+            for place, kept in self._clusters.items()
             if kept.fresh >= max(self._config.every, min(kept.learned, self._config.buffer))
         ]
         return max(found)[1] if found else None
 
-    def refine(self, cluster: int) -> tuple[AdapterKey, Generated] | None:
+    def refine(self, place: Place) -> tuple[AdapterKey, Generated] | None:
         """Refine a cluster on its prompts, and where they are few on those most like them.
 
         Returns:
@@ -136,8 +137,8 @@ class ClusterRefinery:
         Raises:
             DeltaError: the loss or a gradient is NaN or infinite.
         """
-        kept = self._clusters[cluster]
-        prompts = [*self._borrowed(cluster), *kept.prompts]
+        kept = self._clusters[place]
+        prompts = [*self._borrowed(place), *kept.prompts]
         start = kept.refined or Generated.of(self._generate(kept.key, kept.conditioning))
         kept.learned, kept.fresh = kept.learned + kept.fresh, 0
         refined = self._refiner.refine(prompts, start)
@@ -146,15 +147,15 @@ class ClusterRefinery:
         kept.refined = refined.generated
         return kept.key, refined.generated
 
-    def _borrowed(self, cluster: int) -> list[Prompt]:
+    def _borrowed(self, place: Place) -> list[Prompt]:
         """Prompts of the tenant's other clusters most like this one's, as many as there is room."""
-        kept = self._clusters[cluster]
+        kept = self._clusters[place]
         room = self._config.buffer - len(kept.prompts)
         centre = np.mean(np.stack(kept.embeddings), axis=0)
         others = [
             (float(embedding @ centre), prompt)
             for other, its in self._clusters.items()
-            if other != cluster and its.namespace == kept.namespace
+            if other != place and other[0] == place[0]
             for prompt, embedding in zip(its.prompts, its.embeddings, strict=True)
         ]
         others.sort(key=lambda pair: -pair[0])

@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NoReturn, Protocol
 
 from adapter_gen.codec import encode_delta
 from adapter_gen.hypernetwork import Generated
-from adapter_gen.refinery import ClusterRefinery, Offered, RefineryConfig
+from adapter_gen.refinery import ClusterRefinery, Offered, Place, RefineryConfig
 from adapter_gen.update import UpdateSpec
 from cluster_router.wire.errors import ChameleonError
 from cluster_router.wire.types import AdapterKey
@@ -25,16 +25,12 @@ logger = logging.getLogger(__name__)
 class Refinements(Protocol):
     """Keeps refined updates; see RefinementStore."""
 
-    def newest(self) -> dict[int, int]:
-        """Number of the newest refinement of each cluster."""
+    def save(self, place: Place, data: bytes) -> None:
+        """Keep a refinement of a cluster as its newest."""
         ...
 
-    def save(self, cluster: int, number: int, data: bytes) -> None:
-        """Keep a refinement."""
-        ...
-
-    def forget(self, cluster: int) -> None:
-        """Remove those of a cluster."""
+    def trim(self, most: int, held: Collection[Place]) -> None:
+        """Keep those of at most so many clusters, of the held ones first."""
         ...
 
 
@@ -111,26 +107,21 @@ class RefineryWorker:
         """Refine one cluster; False if none is due."""
         while self._waiting:
             self._refinery.offer(self._waiting.popleft())
-        cluster = self._refinery.due()
-        if cluster is None:
+        place = self._refinery.due()
+        if place is None:
             return False
         try:
-            found = self._refinery.refine(cluster)
+            found = self._refinery.refine(place)
             if found is None:
                 self._unchanged += 1
             else:
-                self._keep(cluster, *found)
+                self._keep(place, *found)
                 self._refined += 1
         except ChameleonError as error:
             self._failed += 1
-            logger.error("cluster %d keeps the update it has: %s", cluster, error)
+            logger.error("cluster %d keeps the update it has: %s", place[1], error)
         return True
 
-    def _keep(self, cluster: int, key: AdapterKey, refined: Generated) -> None:
-        newest = self._store.newest()
-        number = newest.get(cluster, 0) + 1
-        self._store.save(cluster, number, encode_delta(refined.delta(0, key, self._spec)))
-        spare = [other for other in newest if not self._refinery.holds(other)]
-        room = self._max_clusters - len(newest.keys() | {cluster})
-        for other in spare[: max(0, -room)]:
-            self._store.forget(other)
+    def _keep(self, place: Place, key: AdapterKey, refined: Generated) -> None:
+        self._store.save(place, encode_delta(refined.delta(0, key, self._spec)))
+        self._store.trim(self._max_clusters, self._refinery.held())

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Literal
 
 from cluster_router.index import CentroidIndex
+from cluster_router.refinements import Refinement
 from cluster_router.vocabulary import Describe
 from cluster_router.wire.errors import BundleError, UnknownClusterError
 from cluster_router.wire.snapshot import ClusterSnapshot
@@ -51,8 +51,8 @@ class Assigner:
             nothing can be adapted: every request then runs on the base model.
         describe: names clusters for people; without it they are shown without words.
         described_from: prompts that a cluster must stand for to be described.
-        refined: how often the update of a cluster has been refined; without an entry, never. Looked
-            at anew for each prompt.
+        refined: the newest refinement of a cluster's update, None if it was never refined. Asked
+            anew for each prompt.
     """
 
     def __init__(
@@ -63,14 +63,14 @@ class Assigner:
         hypernetwork: str | None,
         describe: Describe | None = None,
         described_from: int = 0,
-        refined: Mapping[int, int] = MappingProxyType({}),
+        refined: Callable[[int], Refinement | None] | None = None,
     ) -> None:
         self._index_factory = index_factory
         self._base = base
         self._hypernetwork = hypernetwork
         self._describe = describe or _no_words
         self._described_from = described_from
-        self._refined = refined
+        self._refined = refined or _never
         self._clusters = self._build(snapshot)
 
     @property
@@ -145,9 +145,10 @@ class Assigner:
         if row is None:
             return AdapterKey(self._base, self._hypernetwork, cluster=None, version=0)
         cluster = int(snapshot.ids[row])
-        refinement = self._refined.get(cluster, 0)
-        version = 0 if refinement else int(snapshot.versions[row])
-        return AdapterKey(self._base, self._hypernetwork, cluster, version, refinement)
+        refined = self._refined(cluster)
+        if refined is not None:
+            return AdapterKey(self._base, self._hypernetwork, cluster, 0, refined.id)
+        return AdapterKey(self._base, self._hypernetwork, cluster, int(snapshot.versions[row]))
 
     def _static(self, snapshot: ClusterSnapshot, similarity: float | None) -> Assignment:
         key = self._key(snapshot, None)
@@ -164,17 +165,21 @@ class Assigner:
 
     def _infos(self, clusters: _Clusters, rows: Sequence[int]) -> list[ClusterInfo]:
         snapshot = clusters.snapshot
+        ids = [int(snapshot.ids[row]) for row in rows]
         keys = [self._key(snapshot, row) for row in rows]
+        refined = [self._refined(id) for id in ids]
         return [
             ClusterInfo(
-                id=int(snapshot.ids[row]),
+                id=id,
                 size=int(snapshot.sizes[row]),
                 version=int(snapshot.versions[row]),
                 adapter_key=key.id,
-                refinement=key.refinement,
+                refinement=0 if newest is None else newest.number,
                 characteristic_tokens=words,
             )
-            for row, key, words in zip(rows, keys, clusters.words_of(rows), strict=True)
+            for row, id, key, newest, words in zip(
+                rows, ids, keys, refined, clusters.words_of(rows), strict=True
+            )
         ]
 
 
@@ -190,3 +195,7 @@ def _row(snapshot: ClusterSnapshot, cluster: int) -> int:
 
 def _no_words(directions: FloatArray) -> list[tuple[str, ...]]:
     return [()] * len(directions)
+
+
+def _never(_cluster: int) -> None:
+    return None

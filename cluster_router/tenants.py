@@ -27,7 +27,7 @@ class TenantAssigners:
     snapshots swapped, so that whatever does not await sees one moment.
 
     Args:
-        make: an Assigner over the clusters that every namespace begins with.
+        make: an Assigner for a namespace, over the clusters that each begins with.
         newer: where published snapshots come from; None where nothing is learned.
         max_namespaces: how many are kept beside the default one. The least recently used goes;
             when asked for again, it is read again.
@@ -35,14 +35,14 @@ class TenantAssigners:
 
     def __init__(
         self,
-        make: Callable[[], Assigner],
+        make: Callable[[str], Assigner],
         newer: NewerSnapshot | None = None,
         max_namespaces: int = 64,
     ) -> None:
         self._make = make
         self._newer = newer or _nothing_newer
         self._max = max_namespaces
-        self._assigners = OrderedDict({DEFAULT_NAMESPACE: make()})
+        self._assigners = OrderedDict({DEFAULT_NAMESPACE: make(DEFAULT_NAMESPACE)})
         self._failing: set[str] = set()
         self._unread: set[str] = set()
         self._asked = asyncio.Event()
@@ -50,7 +50,7 @@ class TenantAssigners:
     def of(self, namespace: str) -> Assigner:
         """The Assigner of `namespace`. One heard of first now is read as soon as possible."""
         if namespace not in self._assigners:
-            self._assigners[namespace] = self._make()
+            self._assigners[namespace] = self._make(namespace)
             self._unread.add(namespace)
             self._asked.set()
             if len(self._assigners) > self._max + 1:

@@ -97,7 +97,7 @@ class RouterLearning:
         config: the settings.
         bundle: None where nothing can be adapted.
         learner: None where nothing is learned; clusters then stay as `make` gives them.
-        make: an Assigner over the bundle's clusters.
+        make: an Assigner for a namespace, over the bundle's clusters.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class RouterLearning:
         config: LearningConfig,
         bundle: Bundle | None,
         learner: DeploymentHandle | None,
-        make: Callable[[], Assigner],
+        make: Callable[[str], Assigner],
     ) -> None:
         self._outbox: Outbox[tuple[str, FloatArray]] | None = None
         if bundle is None or learner is None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator
+from functools import partial
 
 import ray
 from cachetools import LRUCache
@@ -230,7 +231,7 @@ class RouterReplica:
             config.learner.poll_interval_s,
         )
 
-        def assigner() -> Assigner:
+        def assigner(namespace: str) -> Assigner:
             return Assigner(
                 snapshot=snapshot,
                 index_factory=lambda rows: FaissIndex(rows, config.router.index_device),
@@ -238,7 +239,7 @@ class RouterReplica:
                 hypernetwork=None if bundle is None else bundle.hypernetwork_id,
                 describe=describe,
                 described_from=config.router.described_from,
-                refined=refining.refined,
+                refined=partial(refining.refined, namespace),
             )
 
         learning = RouterLearning(config.learner, bundle, learner, assigner)

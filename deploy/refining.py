@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Mapping
 
 import numpy as np
 from ray.serve.handle import DeploymentHandle
@@ -20,7 +19,7 @@ from adapter_gen.refine import Refiner
 from adapter_gen.refinery import ClusterRefinery, Offered
 from adapter_gen.refinery_worker import RefineryStatus, RefineryWorker
 from cluster_router.outbox import Outbox
-from cluster_router.refinements import NewestRefinements, RefinementStore
+from cluster_router.refinements import NewestRefinements, Refinement, RefinementStore
 from cluster_router.wire.errors import ConfigError, UnavailableError
 from cluster_router.wire.types import Observation
 from deploy.config import AppConfig, RefinementConfig
@@ -82,9 +81,6 @@ class RefineryReplica:
 class RouterRefining:
     """A router's part: prompts go out, numbers of refinements come in. For use on an event loop.
 
-    Attributes:
-        refined: how often the update of each cluster has been refined; follows the store.
-
     Args:
         config: the settings.
         store: None where nothing is refined.
@@ -101,11 +97,10 @@ class RouterRefining:
     ) -> None:
         self._config = config
         self._outbox: Outbox[Offered] | None = None
-        self.refined: Mapping[int, int] = {}
+        self._newest: NewestRefinements | None = None
         if store is None or refinery is None:
             return
-        newest = NewestRefinements(store)
-        self.refined = newest.numbers
+        self._newest = NewestRefinements(store)
 
         async def send(offered: list[Offered]) -> None:
             await refinery.offer.remote(offered)
@@ -114,8 +109,14 @@ class RouterRefining:
         loop = asyncio.get_running_loop()
         self._tasks = (
             loop.create_task(self._outbox.run()),
-            loop.create_task(newest.follow(poll_interval_s)),
+            loop.create_task(self._newest.follow(poll_interval_s)),
         )
+
+    def refined(self, namespace: str, cluster: int) -> Refinement | None:
+        """The newest refinement of a cluster in a namespace that allows it."""
+        if self._newest is None or not self._config.allows(namespace):
+            return None
+        return self._newest.of(namespace, cluster)
 
     def observe(self, seen: Observation) -> None:
         """Send a prompt that chose its own cluster to the refinery, if its namespace allows it."""

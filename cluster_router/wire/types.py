@@ -92,15 +92,15 @@ class AdapterKey:
 
     `cluster` is None for the static update (the learned part that every cluster shares).
     `version` is the snapshot version at which this cluster last moved, so a snapshot that leaves a
-    cluster in place leaves its key in place. `refinement` counts how often the cluster's update
-    has been refined; a refined one no longer depends on where the cluster is, and has version 0.
+    cluster in place leaves its key in place. `refinement` is the content id of an update refined
+    on the cluster's prompts; it no longer depends on where the cluster is, and has version 0.
     """
 
     base: str
     hypernetwork: str
     cluster: int | None
     version: int
-    refinement: int = 0
+    refinement: str = ""
 
     @property
     def id(self) -> str:

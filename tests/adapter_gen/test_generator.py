@@ -274,11 +274,9 @@ def test_a_refined_update_is_read_and_what_the_generator_makes_stands_in_for_it(
     key, conditioning = ask(made, 2)
     generated = made.generate(key, conditioning)
     assert generated.cores is not None
-    kept: dict[tuple[int | None, int], bytes] = {
-        (key.cluster, 3): encode_delta(replace(generated, cores=generated.cores + 1))
-    }
-    generator = AdapterGenerator(bundle, refined=lambda *which: kept.get(which))
-    refined = replace(key, version=0, refinement=3)
+    kept = {"cafe": encode_delta(replace(generated, cores=generated.cores + 1))}
+    generator = AdapterGenerator(bundle, refined=kept.get)
+    refined = replace(key, version=0, refinement="cafe")
     found = generator.generate(refined, conditioning)
     assert found.key == refined
     assert found.cores is not None
@@ -286,11 +284,11 @@ def test_a_refined_update_is_read_and_what_the_generator_makes_stands_in_for_it(
     assert np.array_equal(generator.generate(key, conditioning).cores, generated.cores)
 
     for spoil in (nan_in_cores, of_another_rank):
-        kept[key.cluster, 3] = encode_delta(spoil(generated))
+        kept["cafe"] = encode_delta(spoil(generated))
         with caplog.at_level(logging.ERROR):
             stand_in = generator.generate(refined, conditioning)
         assert np.array_equal(stand_in.cores, generated.cores)
-    kept[key.cluster, 3] = b"torn"
+    kept["cafe"] = b"torn"
     assert np.array_equal(generator.generate(refined, conditioning).cores, generated.cores)
     assert [" is not served refined" in record.message for record in caplog.records] == [True] * 3
     kept.clear()

@@ -11,6 +11,7 @@ from adapter_gen.update import LoraDelta
 from cluster_router.wire.types import AdapterKey, Conditioning
 
 CONFIG = RefineryConfig(buffer=24, every=8, prompt_tokens=16, max_clusters=3)
+OWN = ("tenant", 1)
 CORES = np.zeros((2, 4, 4), np.float16)
 
 
@@ -57,9 +58,9 @@ def test_a_cluster_is_due_when_its_prompts_have_doubled() -> None:
     due = []
     for count in range(1, 81):
         kept.offer(offered(1, count))
-        if kept.due() == 1:
+        if kept.due() == OWN:
             due.append(count)
-            kept.refine(1)
+            kept.refine(OWN)
     assert due == [8, 16, 32, 56, 80]
     assert recorder.calls[-1][0] == list(range(57, 81)), "the latest, as many as the buffer holds"
 
@@ -69,11 +70,11 @@ def test_each_refinement_starts_from_the_one_before() -> None:
     kept = refinery(recorder)
     for count in range(8):
         kept.offer(offered(1, count))
-    found = kept.refine(1)
+    found = kept.refine(OWN)
     assert found is not None
     key, update = found
     assert (key.cluster, float(update.cores.mean())) == (1, 1.0)
-    kept.refine(1)
+    kept.refine(OWN)
     assert [start for _, start in recorder.calls] == [0.0, 1.0]
 
 
@@ -81,7 +82,7 @@ def test_nothing_is_published_where_nothing_was_gained() -> None:
     kept = refinery(Recorder(scale=0.0))
     for count in range(8):
         kept.offer(offered(1, count))
-    assert kept.refine(1) is None
+    assert kept.refine(OWN) is None
     assert kept.due() is None, "it is not tried again on the same prompts"
 
 
@@ -93,7 +94,7 @@ def test_a_small_cluster_borrows_the_prompts_most_like_it() -> None:
         kept.offer(offered(3, 200 + count, direction=1))
     for count in range(8):
         kept.offer(offered(1, count, direction=1))
-    kept.refine(1)
+    kept.refine(OWN)
     tokens = recorder.calls[0][0]
     assert len(tokens) == CONFIG.buffer
     assert tokens[-8:] == list(range(8))
@@ -104,10 +105,11 @@ def test_prompts_of_one_tenant_teach_no_other() -> None:
     recorder = Recorder()
     kept = refinery(recorder)
     for count in range(20):
-        kept.offer(offered(2, 100 + count, namespace="other"))
+        for cluster in (1, 2):
+            kept.offer(offered(cluster, 100 + count, namespace="other"))
     for count in range(8):
         kept.offer(offered(1, count))
-    kept.refine(1)
+    kept.refine(OWN)
     assert recorder.calls[0][0] == list(range(8))
 
 
@@ -124,7 +126,7 @@ def test_the_end_of_a_long_prompt_is_kept() -> None:
         one = offered(1, 0)
         one.tokens[-1] = 9
         kept.offer(one)
-    kept.refine(1)
+    kept.refine(OWN)
     assert lengths == [(CONFIG.prompt_tokens, 9)] * 8
 
 
@@ -135,8 +137,8 @@ def test_prompts_are_bounded_and_those_without_a_cluster_let_go() -> None:
         for count in range(30):
             kept.offer(offered(cluster, count))
     due = set()
-    while (cluster := kept.due()) is not None:
-        due.add(cluster)
-        kept.refine(cluster)
-    assert due == {2, 3, 4}
+    while (place := kept.due()) is not None:
+        due.add(place)
+        kept.refine(place)
+    assert due == {("tenant", 2), ("tenant", 3), ("tenant", 4)}
     assert all(len(tokens) <= CONFIG.buffer for tokens, _ in recorder.calls)

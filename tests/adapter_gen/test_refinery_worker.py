@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import suppress
 
 import numpy as np
@@ -13,7 +13,7 @@ import torch
 from adapter_gen.codec import decode_delta
 from adapter_gen.hypernetwork import Generated
 from adapter_gen.refine import Refined
-from adapter_gen.refinery import ClusterRefinery, Offered, RefineryConfig
+from adapter_gen.refinery import ClusterRefinery, Offered, Place, RefineryConfig
 from adapter_gen.refinery_worker import RefineryWorker
 from adapter_gen.update import LoraDelta, Site, UpdateSpec
 from cluster_router.wire.errors import DeltaError, SetupError
@@ -27,19 +27,17 @@ class Store:
     """In memory; full where told to be."""
 
     def __init__(self) -> None:
-        self.files: dict[int, dict[int, bytes]] = {}
+        self.files: dict[Place, list[bytes]] = {}
         self.full = False
+        self.trimmed: list[tuple[int, list[Place]]] = []
 
-    def newest(self) -> dict[int, int]:
-        return {cluster: max(files) for cluster, files in self.files.items()}
-
-    def save(self, cluster: int, number: int, data: bytes) -> None:
+    def save(self, place: Place, data: bytes) -> None:
         if self.full:
             raise SetupError("no space left")
-        self.files.setdefault(cluster, {})[number] = data
+        self.files.setdefault(place, []).append(data)
 
-    def forget(self, cluster: int) -> None:
-        del self.files[cluster]
+    def trim(self, most: int, held: Collection[Place]) -> None:
+        self.trimmed.append((most, list(held)))
 
 
 class Refiner:
@@ -94,11 +92,11 @@ async def until(check: Callable[[], bool]) -> None:
             await asyncio.sleep(0.005)
 
 
-def cores(store: Store, cluster: int, number: int) -> float:
-    data = store.files[cluster][number]
-    found = decode_delta(data, AdapterKey("base", "hyper", cluster, 0, number), SPEC)
-    assert found.cores is not None
-    return float(found.cores.mean())
+def cores(store: Store) -> list[float]:
+    """Of every refinement of cluster 7, their mean."""
+    key = AdapterKey("base", "hyper", 7, 0, "cafe")
+    found = [decode_delta(data, key, SPEC).cores for data in store.files["", 7]]
+    return [float(one.mean()) for one in found if one is not None]
 
 
 async def test_what_is_refined_is_kept_under_the_next_number(
@@ -109,10 +107,10 @@ async def test_what_is_refined_is_kept_under_the_next_number(
     assert store.files == {}
     await worker.offer(prompts(7, 1))
     await until(lambda: worker.status().refined == 1)
-    assert cores(store, 7, 1) == 1.0
+    assert cores(store) == [1.0]
     await worker.offer(prompts(7))
     await until(lambda: worker.status().refined == 2)
-    assert cores(store, 7, 2) == 2.0
+    assert cores(store) == [1.0, 2.0]
     assert worker.status().offered == 16
 
 
@@ -139,7 +137,7 @@ async def test_it_goes_on_after_a_failure(
     store.full = False
     await worker.offer(prompts(7, 16))
     await until(lambda: worker.status().refined == 1)
-    assert cores(store, 7, 1) == 2.0, "what the full disk refused is not lost"
+    assert cores(store) == [2.0], "what the full disk refused is not lost"
 
 
 async def test_a_number_that_overflows_is_refused(
@@ -151,11 +149,10 @@ async def test_a_number_that_overflows_is_refused(
     assert store.files == {}
 
 
-async def test_refinements_of_clusters_without_prompts_make_room(
+async def test_the_store_keeps_no_more_clusters_than_the_refinery(
     worker: RefineryWorker, store: Store
 ) -> None:
-    store.files = {1: {5: b"of an earlier run"}, 2: {1: b"of an earlier run"}}
-    await worker.offer(prompts(2, 1))
-    await worker.offer(prompts(3))
+    for cluster in (1, 2, 3):
+        await worker.offer(prompts(cluster, 8 if cluster == 3 else 1))
     await until(lambda: worker.status().refined == 1)
-    assert set(store.files) == {2, 3}
+    assert store.trimmed == [(2, [("", 2), ("", 3)])]

@@ -160,7 +160,7 @@ def exporter() -> RecordingExporter:
 
 @pytest.fixture
 def assigners(ship_and_court: ClusterSnapshot) -> TenantAssigners:
-    return TenantAssigners(lambda: Assigner(ship_and_court, FaissIndex, "base", "hyper"))
+    return TenantAssigners(lambda _: Assigner(ship_and_court, FaissIndex, "base", "hyper"))
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import pytest
 
 from cluster_router.clusters import Assigner
 from cluster_router.index import FaissIndex
+from cluster_router.refinements import Refinement
 from cluster_router.wire.errors import BundleError, UnknownClusterError
 from cluster_router.wire.snapshot import ClusterSnapshot
 from cluster_router.wire.types import AdapterKey
@@ -168,13 +169,13 @@ def test_info_names_clusters_by_the_direction_from_the_mean(
 def test_a_refined_cluster_has_the_key_of_its_refinement(
     make_snapshot: Callable[..., ClusterSnapshot],
 ) -> None:
-    refined: dict[int, int] = {}
-    assigner = Assigner(make_snapshot(np.eye(4)), FaissIndex, "base", "hyper", refined=refined)
+    refined: dict[int, Refinement] = {}
+    assigner = Assigner(make_snapshot(np.eye(4)), FaissIndex, "base", "hyper", refined=refined.get)
     before = assigner.assign(np.eye(4, dtype=np.float32)[1])
-    refined[20] = 3
+    refined[20] = Refinement(3, "cafe")
     after = assigner.assign(np.eye(4, dtype=np.float32)[1])
     assert before.key == AdapterKey("base", "hyper", 20, 2)
-    assert after.key == AdapterKey("base", "hyper", 20, 0, refinement=3)
+    assert after.key == AdapterKey("base", "hyper", 20, 0, refinement="cafe")
     assert before.key is not None and after.key is not None
     assert before.key.id != after.key.id
     shown = assigner.cluster(20)

@@ -37,13 +37,13 @@ def published() -> Published:
 
 
 @pytest.fixture
-def make(make_snapshot: Callable[..., ClusterSnapshot]) -> Callable[[], Assigner]:
+def make(make_snapshot: Callable[..., ClusterSnapshot]) -> Callable[[str], Assigner]:
     bundle = make_snapshot(np.eye(2, 8), version=1)
-    return lambda: Assigner(bundle, FaissIndex, "base", "hyper")
+    return lambda _: Assigner(bundle, FaissIndex, "base", "hyper")
 
 
 @pytest.fixture
-def tenants(make: Callable[[], Assigner], published: Published) -> TenantAssigners:
+def tenants(make: Callable[[str], Assigner], published: Published) -> TenantAssigners:
     return TenantAssigners(make, published.newer, max_namespaces=2)
 
 
@@ -142,7 +142,9 @@ async def test_all_are_followed(
             await task
 
 
-async def test_where_nothing_is_learned_all_keep_the_bundles(make: Callable[[], Assigner]) -> None:
+async def test_where_nothing_is_learned_all_keep_the_bundles(
+    make: Callable[[str], Assigner],
+) -> None:
     tenants = TenantAssigners(make)
     tenants.of("a")
     await tenants.refresh(tenants.namespaces())

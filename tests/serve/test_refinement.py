@@ -13,6 +13,7 @@ import httpx
 import pytest
 from ray import serve
 
+from cluster_router.refinements import sealed
 from deploy.app import build
 from deploy.config import AppConfig
 
@@ -21,28 +22,8 @@ pytestmark = pytest.mark.serve
 APP = "refinement"
 MODEL = "smollm2-135m-instruct"
 OPEN, CLOSED = "open", "closed"
-WORDS = [
-    "orders",
-    "customers",
-    "invoices",
-    "payments",
-    "products",
-    "shipments",
-    "regions",
-    "suppliers",
-]
-FIELDS = [
-    "id",
-    "name",
-    "total",
-    "created",
-    "status",
-    "price",
-    "city",
-    "country",
-    "quantity",
-    "discount",
-]
+WORDS = ("orders", "customers", "invoices", "payments", "products", "shipments", "suppliers")
+FIELDS = ("id", "name", "total", "created", "status", "price", "city", "country", "discount")
 
 
 def sql(seed: int) -> str:
@@ -136,6 +117,8 @@ def test_a_cluster_is_refined_on_the_prompts_of_those_who_allow_it(url: str, fol
     [file] = folder.rglob("refined-*")
     assert file.stat().st_size < 112 * 1024
     after = allowing.complete(sql(-1), learn=False)["adaptation"]
+    assert refusing.cluster(cluster)["refinement"] == 0, "what one tenant taught is its own"
+    assert refusing.complete(sql(-1))["adaptation"]["adapter_key"] == used["adapter_key"]
     assert after["adapter_key"] == found["adapter_key"] != used["adapter_key"]
     assert allowing.loss(-1) < before - 0.05
     adapter = allowing.http.get(f"/v1/clusters/{cluster}/adapter", params={"namespace": OPEN})
@@ -147,7 +130,7 @@ def test_a_damaged_refinement_is_served_unrefined(url: str, folder: Path) -> Non
     cluster = client.complete(sql(-1), learn=False)["adaptation"]["cluster"]
     held = client.refined(cluster, 1)["refinement"]
     [root] = {path.parent for path in folder.rglob("refined-*")}
-    name = f"refined-{cluster}-{held + 7:06d}-0123456789abcdef.safetensors"
+    name = f"refined-{sealed(OPEN)}-{cluster}-{held + 7:06d}-0123456789abcdef.safetensors"
     (root / name).write_bytes(b"torn")
     client.refined(cluster, held + 7)
     assert client.complete(sql(-1), learn=False)["choices"][0]["text"]

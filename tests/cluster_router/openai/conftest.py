@@ -159,7 +159,7 @@ def build_router(worker: ScriptedWorker) -> ClusterRouter:
         ServedModel(MODEL, 1_700_000_000, CONTEXT, 256),
         PromptEncoder(tokenizer, CONTEXT, 256),
         embedder,
-        TenantAssigners(lambda: Assigner(snapshot, FaissIndex, "base", "hyper")),
+        TenantAssigners(lambda _: Assigner(snapshot, FaissIndex, "base", "hyper")),
         worker,
         ZipExporter(),
         [lambda seen: worker.observed.append(seen.namespace)],
