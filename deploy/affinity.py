@@ -14,7 +14,7 @@ from collections.abc import Collection
 from typing import Any
 
 from ray.serve.config import RequestRouterConfig
-from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
+from ray.serve.request_router import FIFOMixin, PendingRequest, RequestRouter, RunningReplica
 
 from cluster_router.affinity import AffinityPolicy, Candidate, Residency, rank
 
@@ -25,8 +25,12 @@ MAX_REPORTED = 512
 REPORT_PERIOD_S = 0.5
 
 
-class ClusterAffinityRouter(RequestRouter):
-    """Chooses among replicas by `rank`, with what this process knows of their load."""
+class ClusterAffinityRouter(FIFOMixin, RequestRouter):
+    """Chooses among replicas by `rank`, with what this process knows of their load.
+
+    First come, first served: Serve's other way tells pending calls apart by the id of the HTTP
+    request they are made for, and so loses all but one of those that `n` choices make at once.
+    """
 
     def initialize_state(self, **kwargs: Any) -> None:
         """Take the policy's settings.

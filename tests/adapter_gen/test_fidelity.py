@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import PreTrainedModel
@@ -84,16 +85,20 @@ def test_clusters_of_the_shipped_bundle_lose_nothing(
     bundle = Bundle.load(bundle_path, None)
     generator = AdapterGenerator(bundle)
     weight = default.get_output_embeddings().weight
+    deltas = [
+        generator.generate(bundle.key(bundle.snapshot, row), bundle.snapshot.conditioning_of(row))
+        for row in range(len(bundle.snapshot))
+    ]
+    # Training leaves clusters where it is that gain nothing; these it moved most.
+    moved = sorted(deltas, key=lambda delta: -float(np.abs(delta.cores).sum()))[:4]
     losses = set()
-    for row in range(0, len(bundle.snapshot), 8):
-        key = bundle.key(bundle.snapshot, row)
-        delta = generator.generate(key, bundle.snapshot.conditioning_of(row))
+    for delta in moved:
         files = export_peft(delta, bundle.spec, bundle.bases, bundle.base_model, weight)
         found = measure_export(files, delta, bundle.spec, bundle.bases, default, text)
         assert found.largest_logit < 2e-3  # of logits around 20, in float32
         assert found.export_loss == pytest.approx(found.update_loss, abs=1e-4)
         losses.add(round(found.update_loss, 3))
-    assert len(losses) > 3, "clusters should differ"
+    assert len(losses) == 4, "clusters should differ"
 
 
 def test_a_full_depth_update_of_the_default_model_loses_nothing(

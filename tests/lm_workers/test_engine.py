@@ -85,8 +85,8 @@ class Update:
         key = AdapterKey("base", "hyper", cluster, 1)
         static = LoraDelta.static(key, self.spec)
         arrays = {
-            name: None if array is None else self._normal(array.shape).half().numpy()
-            for name, array in static._arrays().items()
+            name: self._normal(array.shape).half().numpy()
+            for name, array in static.arrays().items()
         }
         return LoraDelta(key, **arrays)
 

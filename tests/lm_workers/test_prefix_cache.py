@@ -131,11 +131,8 @@ class Update:
 
     def delta(self, cluster: int) -> LoraDelta:
         key = AdapterKey("base", "hyper", cluster, 1)
-        shapes = LoraDelta.static(key, self.spec)._arrays()
-        arrays = {
-            name: None if array is None else self._normal(array.shape).half().numpy()
-            for name, array in shapes.items()
-        }
+        shapes = LoraDelta.static(key, self.spec).arrays()
+        arrays = {name: self._normal(array.shape).half().numpy() for name, array in shapes.items()}
         return LoraDelta(key, **arrays)
 
 

@@ -167,11 +167,8 @@ def deltas_for(path: Path, depth: Depth) -> tuple[UpdateSpec, SharedBases, list[
     deltas = []
     for cluster in range(CLUSTERS):
         key = AdapterKey("base", "hyper", cluster, 1)
-        shapes = LoraDelta.static(key, spec)._arrays()
-        arrays = {
-            name: None if array is None else normal(array.shape).half().numpy()
-            for name, array in shapes.items()
-        }
+        shapes = LoraDelta.static(key, spec).arrays()
+        arrays = {name: normal(array.shape).half().numpy() for name, array in shapes.items()}
         deltas.append(LoraDelta(key, **arrays))
     return spec, bases, deltas
 

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 import ray
@@ -28,7 +29,7 @@ from lm_workers.models import describe_model, load_causal_lm
 
 pytestmark = pytest.mark.serve
 
-APP = "affinity"
+APP = MODEL = "affinity"
 CLUSTERS = 6
 SHORT = SamplingParams(max_tokens=4, temperature=0, ignore_eos=True)
 ENGINE = {"dtype": "float32", "max_sequences": 4, "max_batch_tokens": 64, "kernels": "reference"}
@@ -67,7 +68,12 @@ def client(
     write_bundle(tiny_llama, bundle)
     application = build(
         AppConfig.model_validate(
-            {"model": str(tiny_llama), "bundle": str(bundle), "engine": ENGINE | {"cpu_threads": 1}}
+            {
+                "model": str(tiny_llama),
+                "served_name": MODEL,
+                "bundle": str(bundle),
+                "engine": ENGINE | {"cpu_threads": 1},
+            }
         )
     )
     lm = application._bound_deployment.init_args[1]
@@ -120,3 +126,10 @@ async def test_unadapted_requests_need_no_update(client: ChameleonClient) -> Non
     answers = await asyncio.gather(*(ask(client, "off") for _ in range(12)))
     assert {one.adaptation.mode for one in answers} == {"off"}
     assert sorted(map(sorted, await residents("LMReplica"))) == before
+
+
+def test_all_choices_of_one_request_are_answered(service, client: ChameleonClient) -> None:
+    body = {"model": MODEL, "prompt": "hello", "n": 8, "max_tokens": 4, "temperature": 1}
+    for _ in range(5):
+        answer = httpx.post(f"{service.url}/{APP}/v1/completions", json=body, timeout=20)
+        assert len(answer.raise_for_status().json()["choices"]) == 8

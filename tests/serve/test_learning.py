@@ -9,6 +9,7 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -125,12 +126,12 @@ def learned(application: str) -> tuple[Client, int]:
 def kill(deployment: str) -> None:
     """Kill -9 the replica of `deployment`, which is a child of this process's Ray node."""
     title = f"ray::ServeReplica:{APP}:{deployment}"
-    found = [
-        process
-        for process in psutil.Process().children(recursive=True)
-        if " ".join(process.cmdline()).startswith(title)
-    ]
-    assert len(found) == 1, [process.cmdline() for process in found]
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):  # it has just ended
+            if " ".join(process.cmdline()).startswith(title):
+                found.append(process)
+    assert len(found) == 1, found
     found[0].kill()
 
 
