@@ -18,6 +18,7 @@ from training.data.command import DATA_HELP, location
 from training.data.command import add_parser as add_data
 from training.data.licences import LICENCES_HELP, load_licences
 from training.evaluation.command import add_parser as add_evaluate
+from training.evaluation.seeds import add_parser as add_seeds
 from training.jobs import TrainJob
 from training.paper.command import add_parser as add_reproduce_paper
 from training.runtime import InProcess
@@ -69,6 +70,7 @@ def _parser() -> argparse.ArgumentParser:
             default=default_cache() / "features",
             help="where computed features are kept (default: %(default)s)",
         )
+    add_seeds(commands)
     add_reproduce_paper(commands)
     return parser
 
