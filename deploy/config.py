@@ -8,7 +8,9 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from adapter_gen.refinery import RefineryConfig
+from cluster_router.access import Access, KeyFile
 from cluster_router.affinity import AffinityPolicy
+from cluster_router.http import MAX_BODY_BYTES
 from cluster_router.index import Device
 from cluster_router.learning.config import LearnerConfig
 from cluster_router.wire.errors import ConfigError
@@ -21,6 +23,34 @@ SHIPPED = Path(__file__).parent / "bundles"
 
 EVERY_NAMESPACE = "*"
 """In `refinement.namespaces`: the prompts of every tenant may be learned from."""
+
+
+class AccessConfig(BaseModel):
+    """Who may call over HTTP. Calls through Python handles come from the cluster and need no key.
+
+    Attributes:
+        keys: file of API keys, as `python -m deploy.keys` writes it; None lets everyone in. Each
+            router reads its own node's, and again when it changes.
+        rates: where requests of a key are counted. `memory://` counts for each router alone, a
+            `redis://` URL for all (needs the `redis` package).
+        max_body_bytes: longest body.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    keys: Path | None = None
+    rates: Annotated[str, Field(min_length=1)] = "memory://"
+    max_body_bytes: Annotated[int, Field(gt=0)] = MAX_BODY_BYTES
+
+    def build(self) -> Access | None:
+        """What lets callers in; None where everyone may.
+
+        Raises:
+            ConfigError: the keys cannot be read, or nothing installed counts at `rates`.
+        """
+        if self.keys is None:
+            return None
+        return Access(KeyFile(self.keys.expanduser()).keys, self.rates)
 
 
 class RouterConfig(BaseModel):
@@ -130,6 +160,7 @@ class AppConfig(BaseModel):
         served_name: name clients use in `model`; None is `model` itself.
         bundle: name of a shipped bundle or path of one; None serves the base model unadapted.
         routing: how requests are spread over the replicas that serve them.
+        access: who may call.
         engine, router, generator, learner, refinement: settings of the parts. How many replicas of
             each, and on what resources, is Serve's own `deployments:` section.
     """
@@ -142,6 +173,7 @@ class AppConfig(BaseModel):
     engine: EngineConfig = EngineConfig()
     routing: AffinityPolicy = AffinityPolicy()
     router: RouterConfig = RouterConfig()
+    access: AccessConfig = AccessConfig()
     generator: GeneratorConfig = GeneratorConfig()
     learner: LearningConfig = LearningConfig()
     refinement: RefinementConfig = RefinementConfig()

@@ -210,6 +210,7 @@ class RouterReplica:
         refinery: DeploymentHandle | None,
     ) -> None:
         self._config = config
+        self._access = config.access.build()
         path = resolve_model(config.model)
         info = describe_model(path, config.name)
         bundle = _load_bundle(config, info)
@@ -265,6 +266,8 @@ class RouterReplica:
             self._readiness,
             self._config.router.chat_max_tokens,
             return_request_id=False,  # Serve's proxy returns it
+            access=self._access,
+            max_body_bytes=self._config.access.max_body_bytes,
         )
 
     async def generate(self, request: GenerateRequest) -> GenerateResult:

@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 from typing_extensions import TypedDict
 
 from cluster_router.wire.errors import (
+    AuthenticationError,
     ChameleonError,
     OverloadedError,
     RequestError,
@@ -127,6 +128,8 @@ def _from_chameleon(error: ChameleonError) -> ErrorAnswer:
     headers = {}
     if isinstance(error, OverloadedError):
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after)))
+    if isinstance(error, AuthenticationError):
+        headers["WWW-Authenticate"] = "Bearer"
     return ErrorAnswer(error.status, error.message, error.kind, error.param, error.code, headers)
 
 

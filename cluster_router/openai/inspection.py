@@ -6,7 +6,7 @@ import re
 from dataclasses import asdict
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Path, Query, Response
+from fastapi import APIRouter, Path, Query, Request, Response
 from pydantic import Field
 
 from cluster_router.openai.answers import describe
@@ -15,6 +15,7 @@ from cluster_router.openai.chat import ChatMessage
 from cluster_router.openai.common import NAMESPACE, AdaptationChoice, Strict
 from cluster_router.openai.completions import Prompts
 from cluster_router.openai.convert import as_messages, as_prompt, check_model
+from cluster_router.openai.guard import tenant_of
 from cluster_router.openai.schema import AssignmentView, ClusterList, ClusterView
 from cluster_router.openai.service import ServiceSource
 from cluster_router.wire.errors import RequestError
@@ -45,15 +46,17 @@ def inspection_routes(service: ServiceSource) -> APIRouter:
     router = APIRouter(prefix="/v1", tags=["clusters"], route_class=StrictRoute)
 
     @router.get("/clusters", response_model=ClusterList, summary="List the clusters")
-    async def list_clusters(namespace: Tenant = DEFAULT_NAMESPACE) -> Any:
-        source = service()
+    async def list_clusters(request: Request, namespace: Tenant = DEFAULT_NAMESPACE) -> Any:
+        source, namespace = service(), tenant_of(request, namespace)
         data = [_view(cluster) for cluster in source.clusters(namespace)]
         version = source.snapshot_version(namespace)
         return {"object": "list", "snapshot_version": version, "data": data}
 
     @router.get("/clusters/{cluster}", response_model=ClusterView, summary="Describe a cluster")
-    async def get_cluster(cluster: ClusterId, namespace: Tenant = DEFAULT_NAMESPACE) -> Any:
-        return _view(service().cluster(cluster, namespace))
+    async def get_cluster(
+        request: Request, cluster: ClusterId, namespace: Tenant = DEFAULT_NAMESPACE
+    ) -> Any:
+        return _view(service().cluster(cluster, tenant_of(request, namespace)))
 
     @router.get(
         "/clusters/{cluster}/adapter",
@@ -65,8 +68,10 @@ def inspection_routes(service: ServiceSource) -> APIRouter:
         },
         summary="Download a cluster's adapter in PEFT's format",
     )
-    async def get_adapter(cluster: ClusterId, namespace: Tenant = DEFAULT_NAMESPACE) -> Response:
-        source = service()
+    async def get_adapter(
+        request: Request, cluster: ClusterId, namespace: Tenant = DEFAULT_NAMESPACE
+    ) -> Response:
+        source, namespace = service(), tenant_of(request, namespace)
         archive = await source.export(cluster, namespace)
         stem = re.sub(r"[^A-Za-z0-9._-]+", "-", source.model.name).strip("-.")
         name = f"{stem}-cluster-{cluster}.zip"
@@ -74,11 +79,11 @@ def inspection_routes(service: ServiceSource) -> APIRouter:
         return Response(archive, media_type="application/zip", headers=headers)
 
     @router.post("/assign", response_model=AssignmentView, summary="Assign a prompt to a cluster")
-    async def assign(body: AssignRequest) -> Any:
+    async def assign(request: Request, body: AssignRequest) -> Any:
         source = service()
         if body.model is not None:
             check_model(source, body.model)
-        prepared = source.prepare(_assignable(body))
+        prepared = source.prepare(_assignable(body, tenant_of(request, body.namespace)))
         return {
             "object": "assignment",
             "model": source.model.name,
@@ -93,7 +98,7 @@ def _view(cluster: ClusterInfo) -> dict[str, Any]:
     return {"object": "cluster", **asdict(cluster)}
 
 
-def _assignable(body: AssignRequest) -> GenerateRequest:
+def _assignable(body: AssignRequest, namespace: str) -> GenerateRequest:
     if (body.prompt is None) == (not body.messages):
         raise RequestError("Send exactly one of prompt and messages.", "prompt")
     if body.prompt is not None and len(body.prompt) != 1:
@@ -103,6 +108,6 @@ def _assignable(body: AssignRequest) -> GenerateRequest:
         **as_prompt(prompt),
         sampling=SamplingParams(max_tokens=0),
         adaptation="auto" if body.adaptation is None else body.adaptation,
-        namespace=body.namespace or DEFAULT_NAMESPACE,
+        namespace=namespace,
         learn=False,
     )

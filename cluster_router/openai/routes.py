@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
@@ -14,11 +14,14 @@ from cluster_router.openai.chat import ChatRequest
 from cluster_router.openai.common import SamplingFields
 from cluster_router.openai.completions import CompletionRequest
 from cluster_router.openai.convert import check_model, prepare_chat, prepare_completion
+from cluster_router.openai.guard import tenant_of
 from cluster_router.openai.request_id import request_id_of
 from cluster_router.openai.schema import ChatCompletion, Completion, ModelInfo, ModelList
 from cluster_router.openai.service import ServiceSource
 from cluster_router.openai.sse import EventStream, first_of
 from cluster_router.openai.streams import Indexed, merge, until_disconnect
+
+Body = TypeVar("Body", bound=SamplingFields)
 
 _EVENTS = {"text/event-stream": {"schema": {"type": "string"}}}
 
@@ -43,7 +46,7 @@ def openai_routes(service: ServiceSource, chat_max_tokens: int | None) -> APIRou
         summary="Continue or score text",
     )
     async def complete(body: CompletionRequest, request: Request) -> Response:
-        answer = await prepare_completion(service(), body)
+        answer = await prepare_completion(service(), _of_tenant(body, request))
         return await _respond(service, answer, body, request)
 
     @router.post(
@@ -53,10 +56,15 @@ def openai_routes(service: ServiceSource, chat_max_tokens: int | None) -> APIRou
         summary="Answer a conversation",
     )
     async def chat(body: ChatRequest, request: Request) -> Response:
-        answer = prepare_chat(service(), body, chat_max_tokens)
+        answer = prepare_chat(service(), _of_tenant(body, request), chat_max_tokens)
         return await _respond(service, answer, body, request)
 
     return router
+
+
+def _of_tenant(body: Body, request: Request) -> Body:
+    """`body` in the namespace that its sender speaks for."""
+    return body.model_copy(update={"namespace": tenant_of(request, body.namespace)})
 
 
 def _model(service: ServiceSource) -> dict[str, Any]:

@@ -5,7 +5,9 @@
     │   ├── ContextLengthError  prompt and max_tokens exceed the context     400
     │   ├── UnknownModelError   the `model` field names nothing served       404
     │   ├── UnknownClusterError no such cluster in the current snapshot      404
-    │   └── AuthenticationError missing or wrong API key                     401
+    │   ├── AuthenticationError missing or wrong API key                     401
+    │   ├── ForbiddenError      the API key does not reach so far            403
+    │   └── TooLargeError       the body is longer than is taken             413
     ├── OverloadedError         queues are full, come back later             429
     ├── UnavailableError        a part is starting, restarting or gone       503
     ├── EngineError             a request failed inside the engine           500
@@ -76,6 +78,20 @@ class AuthenticationError(RequestError):
 
     status = 401
     code = "invalid_api_key"
+
+
+class ForbiddenError(RequestError):
+    """The API key is good, but not for this."""
+
+    status = 403
+    code = "forbidden"
+
+
+class TooLargeError(RequestError):
+    """The body is longer than the service takes."""
+
+    status = 413
+    code = "request_too_large"
 
 
 class OverloadedError(ChameleonError):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -25,6 +27,7 @@ from deploy.affinity import RESIDENT
 from deploy.app import build
 from deploy.client import connect
 from deploy.config import AppConfig
+from deploy.keys import add_key
 from lm_workers.models import describe_model, load_causal_lm
 
 pytestmark = pytest.mark.serve
@@ -60,8 +63,24 @@ def write_bundle(model: Path, target: Path) -> None:
 
 
 @pytest.fixture(scope="module")
+def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The application's file of API keys."""
+    return tmp_path_factory.mktemp("keys") / "keys.yaml"
+
+
+@pytest.fixture(scope="module")
+def authorized(keys: Path) -> dict[str, str]:
+    """Headers of a caller whom the application lets in."""
+    return {"Authorization": f"Bearer {add_key(keys, 'test')}"}
+
+
+@pytest.fixture(scope="module")
 def client(
-    service: object, tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory
+    service: object,
+    tiny_llama: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    keys: Path,
+    authorized: dict[str, str],
 ) -> Iterator[ChameleonClient]:
     """A second application on the service's Ray cluster, with three tiny LM replicas."""
     bundle = tmp_path_factory.mktemp("affinity") / "bundle"
@@ -72,6 +91,7 @@ def client(
                 "model": str(tiny_llama),
                 "served_name": MODEL,
                 "bundle": str(bundle),
+                "access": {"keys": str(keys)},
                 "engine": ENGINE | {"cpu_threads": 1},
             }
         )
@@ -128,8 +148,39 @@ async def test_unadapted_requests_need_no_update(client: ChameleonClient) -> Non
     assert sorted(map(sorted, await residents("LMReplica"))) == before
 
 
-def test_all_choices_of_one_request_are_answered(service, client: ChameleonClient) -> None:
+def test_all_choices_of_one_request_are_answered(
+    service, client: ChameleonClient, authorized: dict[str, str]
+) -> None:
     body = {"model": MODEL, "prompt": "hello", "n": 8, "max_tokens": 4, "temperature": 1}
     for _ in range(5):
-        answer = httpx.post(f"{service.url}/{APP}/v1/completions", json=body, timeout=20)
+        answer = httpx.post(
+            f"{service.url}/{APP}/v1/completions", json=body, headers=authorized, timeout=20
+        )
         assert len(answer.raise_for_status().json()["choices"]) == 8
+
+
+def test_keys_come_and_go_while_it_runs(
+    service, client: ChameleonClient, keys: Path, authorized: dict[str, str]
+) -> None:
+    url = f"{service.url}/{APP}"
+
+    def status(path: str, **fields: Any) -> int:
+        return httpx.get(f"{url}{path}", timeout=20, **fields).status_code
+
+    assert [status("/health"), status("/openapi.json"), status("/v1/models")] == [200, 200, 401]
+    assert status("/v1/models", headers=authorized) == 200
+    before = keys.read_text()
+    fresh = {"Authorization": f"Bearer {add_key(keys, 'fresh', namespace='a')}"}
+    until(lambda: status("/v1/models", headers=fresh) == 200)
+    assert status("/v1/clusters?namespace=b", headers=fresh) == 403
+    assert status("/v1/clusters", headers=fresh) == 200
+    keys.write_text(before)
+    until(lambda: status("/v1/models", headers=fresh) == 401)
+    assert status("/v1/models", headers=authorized) == 200
+
+
+def until(check: Callable[[], bool], within_s: float = 20) -> None:
+    deadline = time.monotonic() + within_s
+    while not check():
+        assert time.monotonic() < deadline, f"not within {within_s} s"
+        time.sleep(0.3)
