@@ -104,6 +104,16 @@ class Bundle:
             digest.update(codec.stored(name, tensor).numpy().tobytes())
         return digest.hexdigest()[:16]
 
+    @cached_property
+    def clusters_id(self) -> str:
+        """Sixteen hex digits that change with any cluster, and with how prompts are embedded."""
+        digest = hashlib.sha256(codec.encode_snapshot(self.snapshot))
+        if self.token_weights is not None:
+            digest.update(self.token_weights.tobytes())
+        if self.embedding is not None:
+            digest.update(self.embedding.model_dump_json().encode())
+        return digest.hexdigest()[:16]
+
     def key(self, snapshot: ClusterSnapshot, row: int | None) -> AdapterKey:
         """Name of the update of cluster `row` of `snapshot`; None is the static update."""
         cluster = None if row is None else int(snapshot.ids[row])

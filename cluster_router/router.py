@@ -202,7 +202,7 @@ def collect(request: TokenizedRequest, chunks: Sequence[TokenChunk]) -> Generate
         text="".join(chunk.text for chunk in chunks),
         tokens=tuple(token for chunk in chunks for token in chunk.tokens),
         finish_reason=last.finish_reason,
-        adaptation=Adaptation.of(request.assignment),
+        adaptation=Adaptation.of(request.assignment, chunks[0].stand_in),
         prompt_tokens=len(request.prompt_tokens),
         logprobs=tuple(logprobs),
         prompt_logprobs=chunks[0].prompt_logprobs,

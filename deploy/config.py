@@ -77,12 +77,14 @@ class GeneratorConfig(BaseModel):
     Attributes:
         cache_bytes: bytes of generated updates kept.
         device: where the hypernetwork runs.
+        patience_s: how long a request waits for its update before it runs under the static one.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     cache_bytes: Annotated[int, Field(gt=0)] = 2**28
     device: str = "cpu"
+    patience_s: Annotated[float, Field(gt=0, le=600)] = 5.0
 
 
 class LearningConfig(BaseModel):

@@ -25,9 +25,12 @@ from lm_workers.models.source import default_cache
 
 
 def clusters_uri(config: LearningConfig, bundle: Bundle) -> str:
-    """Where the clusters of a bundle are kept: what one bundle learned is of no use to another."""
+    """Where the clusters of a bundle are kept: what one bundle learned is of no use to another.
+
+    Nor where only its clusters differ: ids would name others, or prompts be embedded otherwise.
+    """
     root = config.uri or str(default_cache() / "clusters")
-    return f"{root.rstrip('/')}/{bundle.fingerprint[:16]}-{bundle.hypernetwork_id}"
+    return f"{root.rstrip('/')}/{bundle.hypernetwork_id}-{bundle.clusters_id}"
 
 
 class LearnerReplica:

@@ -149,7 +149,12 @@ class LMReplica:
         bundle = _load_bundle(config, describe_model(path, config.name))
         update = None if bundle is None else (bundle.spec, bundle.bases)
         engine = build_engine(path, config.engine, update)
-        self._worker = LMWorker(engine, RemoteGenerator(generator))
+        self._worker = LMWorker(
+            engine,
+            RemoteGenerator(generator),
+            None if bundle is None else bundle.spec,
+            patience_s=config.generator.patience_s,
+        )
 
     async def generate(self, request: TokenizedRequest) -> AsyncIterator[TokenChunk]:
         """See LMWorker.generate."""

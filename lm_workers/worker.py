@@ -6,12 +6,13 @@ import asyncio
 import logging
 import threading
 from collections.abc import AsyncGenerator, Callable
+from dataclasses import dataclass, replace
 from queue import Empty, SimpleQueue
 from typing import Protocol
 
 from cachetools import LRUCache
 
-from adapter_gen.update import LoraDelta
+from adapter_gen.update import LoraDelta, UpdateSpec
 from cluster_router.wire.errors import ChameleonError, EngineError, UnavailableError
 from cluster_router.wire.types import AdapterKey, Conditioning, TokenChunk, TokenizedRequest
 from lm_workers.engine import Engine
@@ -19,6 +20,18 @@ from lm_workers.engine import Engine
 log = logging.getLogger(__name__)
 
 Outcome = TokenChunk | Exception
+
+_MOST_MISSING = 1024
+_FORGET_S = 60.0
+"""After so long an update is asked for once more: the first call is taken for lost."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Fetch:
+    """An update on its way, and since when."""
+
+    task: asyncio.Task[LoraDelta]
+    begun: float
 
 
 class AdapterSource(Protocol):
@@ -35,13 +48,26 @@ class LMWorker:
     Args:
         engine: owned by this worker from now on.
         adapters: asked for updates that are not at hand.
+        spec: form of the updates. With it a request whose update cannot be had, or not in time,
+            runs under the static one; without it the request fails.
         delta_bytes: bytes of updates kept in host memory, so that a hot cluster costs no call.
+        patience_s: how long an update may take from when it is first asked for.
     """
 
-    def __init__(self, engine: Engine, adapters: AdapterSource, delta_bytes: int = 2**26) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        adapters: AdapterSource,
+        spec: UpdateSpec | None = None,
+        delta_bytes: int = 2**26,
+        patience_s: float = 5.0,
+    ) -> None:
         self._engine, self._adapters = engine, adapters
+        self._spec, self._patience_s = spec, patience_s
         self._deltas: LRUCache[str, LoraDelta] = LRUCache(delta_bytes, lambda one: one.nbytes)
-        self._fetching: dict[str, asyncio.Task[LoraDelta]] = {}
+        self._fetching: dict[str, _Fetch] = {}
+        # Updates that could not be had when last asked for, so that it is logged once.
+        self._missing: LRUCache[str, None] = LRUCache(_MOST_MISSING)
         self._commands: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._streams: dict[str, tuple[asyncio.AbstractEventLoop, asyncio.Queue[Outcome]]] = {}
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -68,7 +94,7 @@ class LMWorker:
         Raises:
             ChameleonError: refused, or failed, as `Engine.add` and the adapter source say.
         """
-        delta = await self._delta(request)
+        delta, stand_in = await self._update(request)
         outcomes: asyncio.Queue[Outcome] = asyncio.Queue()
         name = request.request_id
         loop = asyncio.get_running_loop()
@@ -78,6 +104,8 @@ class LMWorker:
                 outcome = await outcomes.get()
                 if isinstance(outcome, Exception):
                     raise outcome
+                if stand_in is not None:
+                    outcome, stand_in = replace(outcome, stand_in=stand_in), None
                 yield outcome
                 if outcome.finish_reason is not None:
                     return
@@ -89,27 +117,60 @@ class LMWorker:
         self._commands.put(None)
         self._thread.join()
 
-    async def _delta(self, request: TokenizedRequest) -> LoraDelta | None:
-        """The update of `request`. Requests that miss on the same one share a fetch."""
-        assignment = request.assignment
-        if assignment.key is None:
-            return None
-        name = assignment.key.id
-        delta = self._deltas.pop(name, None)
+    async def _update(
+        self, request: TokenizedRequest
+    ) -> tuple[LoraDelta | None, AdapterKey | None]:
+        """What `request` runs under; and its key, if that stands in for what was asked for."""
+        key, spec = request.assignment.key, self._spec
+        if key is None:
+            return None, None
+        if spec is None:
+            return await self._delta(key, request.assignment.conditioning), None
+        static = replace(key, cluster=None, version=0, refinement="")
+        if key == static:
+            return LoraDelta.static(static, spec), None  # the same everywhere: nobody to ask
+        try:
+            return await self._delta(key, request.assignment.conditioning), None
+        except Exception as error:  # whatever befell it there or on the way here
+            if key.id not in self._missing:
+                log.warning(
+                    "cluster %s runs under the static update, its own (%s) cannot be had: %r",
+                    key.cluster,
+                    key.id,
+                    error,
+                )
+            self._missing[key.id] = None
+            return LoraDelta.static(static, spec), static
+
+    async def _delta(self, key: AdapterKey, conditioning: Conditioning | None) -> LoraDelta:
+        """The update `key`. Requests that miss on the same one share a fetch, and its time."""
+        delta = self._deltas.pop(key.id, None)
         if delta is not None:
-            self._deltas[name] = delta  # put back last: the order is that of use
+            self._deltas[key.id] = delta  # put back last: the order is that of use
             return delta
-        if name not in self._fetching:
-            fetch = self._fetch(assignment.key, assignment.conditioning)
-            self._fetching[name] = asyncio.create_task(fetch)
-        # A caller that goes away leaves the fetch running for the others.
-        return await asyncio.shield(self._fetching[name])
+        clock = asyncio.get_running_loop().time
+        fetch = self._fetching.get(key.id)
+        if fetch is not None and clock() > fetch.begun + max(_FORGET_S, 2 * self._patience_s):
+            fetch.task.cancel()  # nobody waits for it any more
+            fetch = None
+        if fetch is None:
+            task = asyncio.create_task(self._fetch(key, conditioning))
+            task.add_done_callback(_retrieved)
+            fetch = self._fetching[key.id] = _Fetch(task, clock())
+        # A caller that goes away, or waits no longer, leaves the fetch running for the others.
+        async with asyncio.timeout_at(fetch.begun + self._patience_s):
+            return await asyncio.shield(fetch.task)
 
     async def _fetch(self, key: AdapterKey, conditioning: Conditioning | None) -> LoraDelta:
+        own = asyncio.current_task()
         try:
             delta = await self._adapters.get(key, conditioning)
         finally:
-            del self._fetching[key.id]
+            if (held := self._fetching.get(key.id)) is not None and held.task is own:
+                del self._fetching[key.id]
+        if self._spec is not None:
+            delta.check(self._spec)
+        self._missing.pop(key.id, None)
         if delta.nbytes <= self._deltas.maxsize:
             self._deltas[key.id] = delta
         return delta
@@ -175,3 +236,9 @@ class LMWorker:
         loop, outcomes = self._streams[name]
         if not loop.is_closed():  # a reader that is gone must not end this thread
             loop.call_soon_threadsafe(outcomes.put_nowait, outcome)
+
+
+def _retrieved(task: asyncio.Task[LoraDelta]) -> None:
+    """Nobody may be left to hear of a failure; that is no fault of the program."""
+    if not task.cancelled():
+        task.exception()

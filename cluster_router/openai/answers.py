@@ -8,7 +8,13 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 from cluster_router.wire.errors import EngineError, UnavailableError
-from cluster_router.wire.types import Adaptation, Assignment, TokenChunk, TokenizedRequest
+from cluster_router.wire.types import (
+    Adaptation,
+    AdapterKey,
+    Assignment,
+    TokenChunk,
+    TokenizedRequest,
+)
 
 
 class Layout(Protocol):
@@ -24,9 +30,9 @@ class Layout(Protocol):
         """The choice when all its chunks are joined in `answer`."""
 
 
-def describe(assignment: Assignment) -> dict[str, Any]:
+def describe(assignment: Assignment, stand_in: AdapterKey | None = None) -> dict[str, Any]:
     """The `adaptation` object that callers see."""
-    return asdict(Adaptation.of(assignment))
+    return asdict(Adaptation.of(assignment, stand_in))
 
 
 @dataclass
@@ -55,6 +61,11 @@ class Choice:
     def __post_init__(self) -> None:
         self.adaptation = describe(self.request.assignment)
 
+    def see_update(self, chunk: TokenChunk) -> None:
+        """Take from the choice's first chunk under which update it runs."""
+        if chunk.stand_in is not None:
+            self.adaptation = describe(self.request.assignment, chunk.stand_in)
+
     def see(self, chunk: TokenChunk) -> None:
         """Count `chunk`.
 
@@ -63,6 +74,7 @@ class Choice:
         """
         if chunk.finish_reason == "abort":
             raise UnavailableError("The server stopped this answer before its end; send it again.")
+        self.see_update(chunk)
         self.completion_tokens += len(chunk.tokens)
         self.cached_tokens += chunk.cached_tokens
         self.finished = chunk.finish_reason is not None

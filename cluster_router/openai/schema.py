@@ -10,13 +10,17 @@ FinishReason = Literal["stop", "length"]
 
 
 class AdaptationInfo(TypedDict):
-    """What adapted an answer. `adapter_key` names the weights: equal keys, equal weights."""
+    """What adapted an answer. `adapter_key` names the weights: equal keys, equal weights.
+
+    With `fallback` the cluster's update could not be had in time and the static one stood in.
+    """
 
     mode: Literal["cluster", "static", "off"]
     cluster: int | None
     similarity: float | None
     adapter_key: str | None
     snapshot_version: int
+    fallback: bool
 
 
 class PromptTokensDetails(TypedDict):

@@ -9,7 +9,7 @@ from typing import Any
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from cluster_router.openai.answers import Answer
+from cluster_router.openai.answers import Answer, Choice
 from cluster_router.openai.errors import error_answer
 from cluster_router.openai.streams import Indexed
 from cluster_router.wire.errors import EngineError
@@ -71,6 +71,7 @@ async def _events(
     include_usage: bool,
     request_id: str,
 ) -> AsyncGenerator[bytes, None]:
+    answer.choices[first[0]].see_update(first[1])
     frame = _Frame(answer, include_usage)
     try:
         for choice in answer.choices:
@@ -95,20 +96,23 @@ class _Frame:
     def __init__(self, answer: Answer, include_usage: bool) -> None:
         self._answer = answer
         self._end = b',"usage":null}\n\n' if include_usage else b"}\n\n"
-        self._heads = [
-            b"data: " + _dumps(answer.head(choice, streamed=True))[:-1] for choice in answer.choices
-        ]
+        self._heads = [self._head(choice) for choice in answer.choices]
 
     def chunk(self, item: Indexed) -> bytes:
         """One event for one chunk."""
         index, chunk = item
         choice = self._answer.choices[index]
         choice.see(chunk)
+        if chunk.stand_in is not None:
+            self._heads[index] = self._head(choice)
         return self.event(index, choice.delta(chunk))
 
     def event(self, index: int, content: dict[str, Any]) -> bytes:
         """An event that holds one choice."""
         return self._heads[index] + b',"choices":[' + _dumps(content) + b"]" + self._end
+
+    def _head(self, choice: Choice) -> bytes:
+        return b"data: " + _dumps(self._answer.head(choice, streamed=True))[:-1]
 
     def usage(self) -> bytes:
         """The event after the last choice."""

@@ -189,7 +189,8 @@ class TokenChunk:
     A stream is: chunks with new text, of which the last has `finish_reason` set. `tokens` and
     `logprobs` belong to `text`, but text that could still become a stop string is held back, so
     tokens may arrive ahead of their text. `prompt_logprobs` and `cached_tokens` (prompt tokens that
-    a prefix cache held) come once, on the first chunk.
+    a prefix cache held) come once, on the first chunk; so does `stand_in`, the key of the update
+    that an answer ran under in place of its own, which could not be had in time.
     """
 
     request_id: str
@@ -200,22 +201,27 @@ class TokenChunk:
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     cached_tokens: int = 0
+    stand_in: AdapterKey | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Adaptation:
-    """What adapted an answer: the part of an Assignment that callers see."""
+    """What adapted an answer: the part of an Assignment that callers see.
+
+    With `fallback` the cluster's own update could not be had in time, and the static one stood in.
+    """
 
     mode: Literal["cluster", "static", "off"]
     cluster: int | None = None
     similarity: float | None = None
     adapter_key: str | None = None
     snapshot_version: int = 0
+    fallback: bool = False
 
     @classmethod
-    def of(cls, assignment: Assignment) -> Adaptation:
-        """Describe `assignment` to a caller."""
-        key = assignment.key
+    def of(cls, assignment: Assignment, stand_in: AdapterKey | None = None) -> Adaptation:
+        """Describe `assignment` to a caller, or what stood in for its update."""
+        key = stand_in or assignment.key
         mode: Literal["cluster", "static", "off"] = (
             "off" if key is None else "static" if key.cluster is None else "cluster"
         )
@@ -225,6 +231,7 @@ class Adaptation:
             similarity=None if assignment.similarity is None else round(assignment.similarity, 6),
             adapter_key=None if key is None else key.id,
             snapshot_version=assignment.snapshot_version,
+            fallback=stand_in is not None,
         )
 
 

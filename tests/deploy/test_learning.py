@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from ray.serve.deployment import Application
 
@@ -39,10 +41,14 @@ def test_each_bundle_has_a_folder_of_its_own(
     bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CHAMELEON_CACHE", str(tmp_path))
-    name = f"{bundle.fingerprint[:16]}-{bundle.hypernetwork_id}"
+    name = f"{bundle.hypernetwork_id}-{bundle.clusters_id}"
     assert clusters_uri(LearningConfig(), bundle) == f"{tmp_path}/clusters/{name}"
     elsewhere = LearningConfig(uri="s3://bucket/clusters/")
     assert clusters_uri(elsewhere, bundle) == f"s3://bucket/clusters/{name}"
+    start = bundle.snapshot
+    moved = replace(bundle, snapshot=replace(start, threshold=start.threshold / 2))
+    reweighted = replace(bundle, token_weights=np.ones_like(bundle.token_weights))
+    assert len({clusters_uri(elsewhere, one) for one in (bundle, moved, reweighted)}) == 3
 
 
 async def test_a_learner_needs_a_bundle() -> None:

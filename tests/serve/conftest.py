@@ -50,6 +50,8 @@ def settings(port: int) -> dict[str, Any]:
     config["http_options"]["port"] = port
     config["applications"][0]["args"]["engine"] |= {"dtype": "float32", "max_context": 2048}
     config["applications"][0]["args"]["learner"] = {"enabled": False}
+    # A busy machine may take its time; `test_affinity.py` has a generator that is really late.
+    config["applications"][0]["args"]["generator"] = {"patience_s": 60}
     return config
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import httpx
 import numpy as np
+import psutil
 import pytest
 import ray
 import torch
@@ -33,7 +34,9 @@ from lm_workers.models import describe_model, load_causal_lm
 pytestmark = pytest.mark.serve
 
 APP = MODEL = "affinity"
-CLUSTERS = 6
+CLUSTERS = 7
+COLD = CLUSTERS - 1  # asked for by the last test alone
+PATIENCE = 4.0
 SHORT = SamplingParams(max_tokens=4, temperature=0, ignore_eos=True)
 ENGINE = {"dtype": "float32", "max_sequences": 4, "max_batch_tokens": 64, "kernels": "reference"}
 
@@ -92,6 +95,8 @@ def client(
                 "served_name": MODEL,
                 "bundle": str(bundle),
                 "access": {"keys": str(keys)},
+                "generator": {"patience_s": PATIENCE},
+                "learner": {"enabled": False},
                 "engine": ENGINE | {"cpu_threads": 1},
             }
         )
@@ -119,16 +124,16 @@ async def ask(client: ChameleonClient, cluster: int | str) -> GenerateResult:
 
 
 async def test_requests_of_a_cluster_meet_on_one_replica(client: ChameleonClient) -> None:
-    keys = {one.id: one.adapter_key for one in await client.clusters()}
+    keys = {one.id: one.adapter_key for one in await client.clusters() if one.id != COLD}
     for _ in range(6):  # more than a round of reports, so with and without their help
         answers = await asyncio.gather(*(ask(client, cluster) for cluster in keys))
-        assert [len(one.tokens) for one in answers] == [4] * CLUSTERS
+        assert [len(one.tokens) for one in answers] == [4] * len(keys)
         assert [one.adaptation.adapter_key for one in answers] == list(keys.values())
         await asyncio.sleep(0.3)
     held = await residents("LMReplica")
     assert len(held) == 3
     assert Counter(key for one in held for key in one) == Counter(keys.values())
-    assert max(map(len, held)) <= CLUSTERS - 2, "clusters are spread over replicas"
+    assert max(map(len, held)) <= len(keys) - 2, "clusters are spread over replicas"
 
 
 async def test_a_hot_cluster_fans_out_and_its_update_is_generated_once(
@@ -184,3 +189,27 @@ def until(check: Callable[[], bool], within_s: float = 20) -> None:
     while not check():
         assert time.monotonic() < deadline, f"not within {within_s} s"
         time.sleep(0.3)
+
+
+async def test_a_stuck_generator_holds_nobody_up_for_long(client: ChameleonClient) -> None:
+    title = f"ray::ServeReplica:{APP}:AdapterGenerator"
+    [stuck] = [one for one in psutil.process_iter(["cmdline"]) if titled(one, title)]
+    stuck.suspend()
+    try:
+        begun = time.monotonic()
+        late = await ask(client, COLD)
+        assert PATIENCE <= time.monotonic() - begun < 4 * PATIENCE
+        assert (late.adaptation.mode, late.adaptation.fallback) == ("static", True)
+        warm = await ask(client, 0)
+        assert (warm.adaptation.mode, warm.adaptation.fallback) == ("cluster", False)
+    finally:
+        stuck.resume()
+    deadline = time.monotonic() + 30
+    while (again := (await ask(client, COLD)).adaptation).fallback:
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.3)
+    assert (again.mode, again.cluster) == ("cluster", COLD)
+
+
+def titled(process: psutil.Process, title: str) -> bool:
+    return " ".join(process.info["cmdline"] or ()).startswith(title)

@@ -93,6 +93,7 @@ def application(service, folder: Path) -> Iterator[str]:
     config = AppConfig.model_validate(
         {
             "engine": {"dtype": "float32", "max_context": 1024, "max_sequences": 8},
+            "generator": {"patience_s": 60},
             "learner": {
                 "uri": str(folder),
                 "publish_interval_s": 0.5,

@@ -83,6 +83,7 @@ def url(service, folder: Path) -> Iterator[str]:
     config = AppConfig.model_validate(
         {
             "engine": {"dtype": "float32", "max_context": 1024, "max_sequences": 8},
+            "generator": {"patience_s": 60},
             "learner": {"enabled": False, "uri": str(folder), "poll_interval_s": 0.3},
             "refinement": {
                 "namespaces": [OPEN],

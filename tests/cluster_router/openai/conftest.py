@@ -21,7 +21,7 @@ from cluster_router.prompts import PromptEncoder
 from cluster_router.router import ClusterRouter, ServedModel
 from cluster_router.tenants import TenantAssigners
 from cluster_router.wire.snapshot import ClusterSnapshot
-from cluster_router.wire.types import TokenChunk, TokenizedRequest, TokenLogprob
+from cluster_router.wire.types import AdapterKey, TokenChunk, TokenizedRequest, TokenLogprob
 
 MODEL = "tiny/bytes"
 CONTEXT = 256
@@ -50,6 +50,7 @@ class ScriptedWorker:
         refusal: raised before the first chunk. failure: raised after `fails_after` chunks.
         stalls_after: chunks after which it never goes on.
         cached_tokens: what it says of every prompt.
+        stand_in: key of the update that it used instead of the right one.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -63,6 +64,7 @@ class ScriptedWorker:
         self.stalls_after: int | None = None
         self.last_reason = "length"
         self.cached_tokens = 0
+        self.stand_in: AdapterKey | None = None
 
     def letter(self, offset: int) -> int:
         return int(self.tokenizer.convert_tokens_to_ids(chr(ord("a") + offset % 26)))
@@ -118,6 +120,7 @@ class ScriptedWorker:
                 prompt_logprobs=prompt if place == 0 else None,
                 finish_reason=self.last_reason if last else None,
                 cached_tokens=0 if place else self.cached_tokens,
+                stand_in=None if place else self.stand_in,
             )
 
 

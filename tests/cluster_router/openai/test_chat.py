@@ -5,6 +5,8 @@ import pytest
 from openai import AsyncOpenAI
 from transformers import PreTrainedTokenizerFast
 
+from cluster_router.wire.types import AdapterKey
+
 MODEL = "tiny/bytes"
 USER = [{"role": "user", "content": "xxx"}]
 
@@ -146,3 +148,16 @@ async def test_a_field_that_asks_for_what_is_not_done_is_refused_by_name(
     error = answer.json()["error"]
     assert error["param"].split(".")[0] == name
     assert not worker.requests
+
+
+async def test_an_answer_says_when_its_update_was_late(client: AsyncOpenAI, worker: Any) -> None:
+    worker.stand_in = AdapterKey("base", "hyper", None, 0)
+    whole = await chat(client, max_tokens=3)
+    told = whole.adaptation
+    assert (told["mode"], told["cluster"], told["fallback"]) == ("static", 3, True)
+    assert told["adapter_key"] == worker.stand_in.id
+    streamed = [event.adaptation async for event in await chat(client, max_tokens=3, stream=True)]
+    assert len(streamed) > 2
+    assert all(event == told for event in streamed), "from the very first event"
+    worker.stand_in = None
+    assert (await chat(client, max_tokens=3)).adaptation["fallback"] is False
