@@ -34,6 +34,7 @@ class GeneratorStats:
         hits: requests answered from the cache.
         misses: requests that had to wait for a generation, their own or one under way.
         generated: updates generated; less than `misses` where several waited for one.
+        in_flight: updates being generated, or waiting to be.
         evicted: updates dropped from the cache to make room.
         entries: updates held.
         bytes: bytes held.
@@ -43,6 +44,7 @@ class GeneratorStats:
     hits: int
     misses: int
     generated: int
+    in_flight: int
     evicted: int
     entries: int
     bytes: int
@@ -138,6 +140,7 @@ class AdapterGenerator:
             hits=self._hits,
             misses=self._misses,
             generated=self._generated,
+            in_flight=len(self._in_flight),
             evicted=self._cache.evicted,
             entries=len(self._cache),
             bytes=int(self._cache.currsize),

@@ -98,6 +98,10 @@ class GeneratorReplica:
         """What this replica has at hand, for the request router."""
         return routing_stats(self._refs)
 
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """What `deploy/autoscaling.py` counts: updates being generated, or waiting to be."""
+        return {"misses": self._generator.stats().in_flight}
+
     async def export(self, key: AdapterKey, conditioning: Conditioning | None) -> bytes:
         """The update as a zip archive of a PEFT adapter."""
         delta = await self._generator.get(key, conditioning)
@@ -168,6 +172,11 @@ class LMReplica:
     async def record_routing_stats(self) -> dict[str, list[str]]:
         """What this replica has at hand, for the request router."""
         return routing_stats(self._worker.resident)
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """What `deploy/autoscaling.py` counts: tokens still to compute, share of KV in use."""
+        stats = await self._worker.stats()
+        return {"tokens": stats.tokens_ahead, "kv_use": 1 - stats.kv_free}
 
     async def ready(self) -> bool:
         """True as soon as there is a replica to say so."""

@@ -25,6 +25,7 @@ class EngineStats:
 
     Attributes:
         running, waiting: requests.
+        tokens_ahead: tokens of all these that are not computed yet, answers at their longest.
         prompt_tokens: of all requests admitted so far.
         cached_tokens: those of them that the prefix cache held.
         preemptions: how often a request had to make room and start over.
@@ -33,6 +34,7 @@ class EngineStats:
 
     running: int
     waiting: int
+    tokens_ahead: int
     prompt_tokens: int
     cached_tokens: int
     preemptions: int
@@ -96,6 +98,7 @@ class Engine:
         return EngineStats(
             running=self.num_running,
             waiting=self.num_waiting,
+            tokens_ahead=sum(one.max_length - one.computed for one in self._sequences.values()),
             prompt_tokens=scheduler.prompt_tokens,
             cached_tokens=scheduler.cached_tokens,
             preemptions=scheduler.preemptions,

@@ -15,7 +15,7 @@ from cachetools import LRUCache
 from adapter_gen.update import LoraDelta, UpdateSpec
 from cluster_router.wire.errors import ChameleonError, EngineError, UnavailableError
 from cluster_router.wire.types import AdapterKey, Conditioning, TokenChunk, TokenizedRequest
-from lm_workers.engine import Engine
+from lm_workers.engine import Engine, EngineStats
 
 log = logging.getLogger(__name__)
 
@@ -87,6 +87,21 @@ class LMWorker:
     def alive(self) -> bool:
         """Whether the engine's thread runs."""
         return self._thread.is_alive()
+
+    async def stats(self) -> EngineStats:
+        """What the engine does now and has done, as of its next moment between two steps."""
+        loop = asyncio.get_running_loop()
+        told: asyncio.Future[EngineStats] = loop.create_future()
+
+        def settle(stats: EngineStats) -> None:
+            if not told.done():
+                told.set_result(stats)
+
+        def tell() -> None:
+            loop.call_soon_threadsafe(settle, self._engine.stats)
+
+        self._send(tell)
+        return await told
 
     async def generate(self, request: TokenizedRequest) -> AsyncGenerator[TokenChunk, None]:
         """Stream a request's chunks; closing the stream early aborts the request.
