@@ -293,7 +293,14 @@ Width = Annotated[int, Field(ge=1, le=65536)]
 
 
 class CoreConfig(BaseModel):
-    """Settings of a CoreHypernetwork: trunk width, and the gate's kappa (see EvidenceGate)."""
+    """Settings of a CoreHypernetwork.
+
+    Attributes:
+        kind: names this form.
+        width: of the trunk.
+        kappa: support at which the evidence gate is half open (see EvidenceGate).
+        learn_kappa: whether kappa is trained.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -316,8 +323,11 @@ class CoreConfig(BaseModel):
 class MemoryConfig(BaseModel):
     """Settings of a MemoryHypernetwork.
 
-    `prototypes` are stored, `sharpness` is the factor on similarities before the softmax, `kappa`
-    the gate's (see EvidenceGate).
+    Attributes:
+        kind: names this form.
+        prototypes: how many are stored.
+        sharpness: factor on similarities before the softmax.
+        kappa: support at which the evidence gate is half open (see EvidenceGate).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)

@@ -157,14 +157,19 @@ class RefinementConfig(BaseModel):
 class AppConfig(BaseModel):
     """What is served, and how.
 
+    How many replicas of each part, and on what resources, is Serve's own `deployments:` section.
+
     Attributes:
         model: the embedded default's name, a Hugging Face id, a local folder or a GGUF file.
         served_name: name clients use in `model`; None is `model` itself.
         bundle: name of a shipped bundle or path of one; None serves the base model unadapted.
         routing: how requests are spread over the replicas that serve them.
         access: who may call.
-        engine, router, generator, learner, refinement: settings of the parts. How many replicas of
-            each, and on what resources, is Serve's own `deployments:` section.
+        engine: how each LM replica runs.
+        router: the front door.
+        generator: what makes updates.
+        learner: how clusters follow the traffic.
+        refinement: whose prompts clusters are refined on.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

@@ -23,25 +23,30 @@ class _Settings(BaseModel):
 class DataSettings(_Settings):
     """Which documents are read, and how each is cut.
 
-    `exclude` and `holdout` are shell-style patterns of domain names. Excluded domains are never
-    trained on, whatever else is asked for (their licence forbids it); held-out domains could be,
-    and are kept apart to measure unseen domains. Both are evaluated as unseen.
+    A document is the text of a row; its domain is the name of the file, unless a column names it.
+    The same text is never kept twice; one in two splits stays in the earlier.
 
-    A document is the text of a row in `text_column`. Its domain is the name of the file, or the
-    value of `domain_column` where that is set. Where the data has no splits of its own, documents
-    are given to splits by a hash of `group_column`, up to its last `#`; without that column each
-    document stands alone.
-
-    The same text is never kept twice. `near_duplicates` (texts that share 60 % of their runs of
-    five words) are dropped too, kept, or dropped where the data has no splits of its own (`auto`);
-    a text in two splits stays in the earlier one.
-
-    `dialogues` names domains whose documents are a question and an answer, and what stands between
-    the two. At depth `full`, `dialogue_share` of them are trained on in the model's chat format, so
-    that the update does not unlearn it.
-
-    A training document longer than a window gives up to `windows_per_document` of them;
-    validation and test use the first alone.
+    Attributes:
+        text_column: of the text.
+        group_column: of the source. Where the data has no splits of its own, documents are given to
+            splits by a hash of it, up to its last `#`; without it each document stands alone.
+        domain_column: of the domain; None takes the name of the file.
+        near_duplicates: what to do with texts that share 60 % of their runs of five words: drop
+            them, keep them, or drop them where the data has no splits of its own (`auto`).
+        exclude: domains that are never trained on, whatever else is asked for (their licence
+            forbids it), as shell-style patterns. Evaluated as unseen.
+        holdout: domains, as patterns, kept apart to measure unseen ones.
+        context_tokens: beginning of a document that chooses its cluster; at most half of it.
+        scored_tokens: most tokens after the context that are learned from, or scored.
+        windows_per_document: most that a long training document gives; validation and test use
+            the first alone.
+        dialogues: domains whose documents are a question and an answer, and what stands between
+            the two.
+        dialogue_share: share of these that depth `full` trains on in the model's chat format, so
+            that the update does not unlearn it.
+        train_documents: most of each domain.
+        validation_documents: most of each domain; they choose when to stop and how far to go.
+        test_documents: most of each domain.
     """
 
     text_column: Annotated[str, Field(min_length=1)] = "text"
@@ -63,8 +68,11 @@ class DataSettings(_Settings):
 class ClusterSettings(_Settings):
     """How training contexts are clustered into the bundle's first snapshot.
 
-    `threshold_percentile`: a prompt less similar to its nearest centroid than this share of the
-    training contexts were to theirs belongs to no cluster.
+    Attributes:
+        count: clusters.
+        token_weights: of tokens in a prompt's embedding: all alike, or the rarer the heavier.
+        threshold_percentile: a prompt less similar to its nearest centroid than this percentage of
+            the training contexts were to theirs belongs to no cluster.
     """
 
     count: Positive = 48
@@ -75,12 +83,20 @@ class ClusterSettings(_Settings):
 class StageSettings(_Settings):
     """One stage of optimisation. A batch is `documents` times `positions` scored tokens.
 
-    That is the global batch, whatever the number of workers; each computes its share in
-    `accumulate` passes, in `precision`. Every `evaluate_every` steps the loss is validated and a
-    checkpoint written.
-
-    `candidates` are the most frequent tokens that the training loss always normalises over, and how
-    many of the others are sampled; None takes the whole vocabulary. Validation always does.
+    Attributes:
+        steps: most steps.
+        documents: in a batch, whatever the number of workers.
+        positions: scored tokens of each of them.
+        accumulate: passes in which a worker computes its share.
+        precision: of the passes.
+        candidates: how many of the most frequent tokens the training loss always normalises over,
+            and how many of the others are sampled; None takes the whole vocabulary, as validation
+            always does.
+        learning_rate: of AdamW.
+        weight_decay: of AdamW.
+        clip: largest norm of a gradient.
+        evaluate_every: steps after which the loss is validated and a checkpoint written.
+        patience: validations without a better loss after which the stage ends.
     """
 
     steps: Positive = 400
@@ -99,12 +115,18 @@ class StageSettings(_Settings):
 class HyperSettings(StageSettings):
     """The second stage, in which the hypernetwork learns.
 
-    Episodes are clusterings of random subsets of the training contexts; `clusters` bounds how many
-    clusters they have. `dropout` is the share of conditions replaced by none at all.
+    It learns from episodes, clusterings of random subsets of the training contexts, and starts
+    from a fit in closed form (see `training.least_squares`). The attributes of a stage hold too.
 
-    The stage starts from a fit in closed form (see `training.least_squares`): `damping` and `ridge`
-    regularise it, and the best of `scales` on the validation documents is taken; 0 is always among
-    them.
+    Attributes:
+        episodes: how many clusterings.
+        clusters: fewest and most clusters in one.
+        dropout: share of conditions replaced by none at all.
+        core_penalty: on the squared size of generated cores.
+        damping: regularises the curvature in the closed form.
+        ridge: regularises its solution.
+        scales: how far to go along it; the best on the validation documents is taken, 0 is always
+            among them.
     """
 
     episodes: Positive = 32
@@ -119,10 +141,14 @@ class HyperSettings(StageSettings):
 class PrototypeSettings(_Settings):
     """The second stage at depth `full`: cores refined on each cluster, which the memory keeps.
 
-    Of each cluster, up to `documents` windows are learned from, the first `tokens` of each. The
-    best of `strengths` (0 is always among them), at the hypernetwork's sharpness or one of
-    `sharpness`, on the validation documents is taken. With no strengths there is no second
-    stage: every cluster gets the static update.
+    Attributes:
+        documents: most windows of a cluster that are learned from.
+        tokens: of each, from its start.
+        refine: how a cluster's cores are refined.
+        strengths: factors on the blend of cores, of which the best on the validation documents is
+            taken; 0 is always among them. With none there is no second stage: every cluster gets
+            the static update.
+        sharpness: factors on similarities to try beside the hypernetwork's own.
     """
 
     documents: Positive = 64
@@ -135,10 +161,21 @@ class PrototypeSettings(_Settings):
 class TrainSettings(_Settings):
     """A whole run, at depth `head` (with a core hypernetwork) or `full` (with a memory).
 
-    `workers` 0 trains in this process, N >= 1 in N Ray Train workers, [M, N] in as many from M to N
-    as the cluster has room for (elastic). Each reserves a GPU where the cluster has any, and
-    `worker_cpus` CPUs, of which torch uses the whole ones. A run survives `max_failures` workers
-    that die; it goes on from the last checkpoint.
+    Attributes:
+        model: the frozen base model, as the service's `model`.
+        seed: of every random choice.
+        workers: 0 trains in this process, N >= 1 in N Ray Train workers, [M, N] in as many from M
+            to N as the cluster has room for. Each reserves a GPU where the cluster has any.
+        worker_cpus: reserved by each worker; torch uses the whole ones.
+        max_failures: workers that may die; the run goes on from the last checkpoint.
+        depth: what is adapted: the final hidden state, or every linear.
+        rank: of the update.
+        data: which documents are read, and how each is cut.
+        clusters: the bundle's first clusters.
+        hypernetwork: of kind `core` at depth `head`, `memory` at depth `full`.
+        static: the first stage, in which the update that all clusters share learns.
+        hyper: the second stage at depth `head`.
+        prototypes: the second stage at depth `full`.
     """
 
     model: str = "smollm2-135m-instruct"

@@ -60,8 +60,13 @@ class _Settings(BaseModel):
 class OracleSettings(_Settings):
     """How the oracle is fine-tuned: Adam on U, V, S0 and the shift of the static update.
 
-    Every `evaluate_every` steps the loss on the held-back contexts is taken; the best is kept, and
-    after `patience` looks without a better one it ends.
+    Attributes:
+        steps: most steps.
+        learning_rate: of Adam.
+        batch: contexts in one step.
+        held_back: share of the contexts on which the best step is chosen.
+        evaluate_every: steps between two looks at their loss.
+        patience: looks without a better one after which it ends.
     """
 
     steps: Positive = 60
@@ -113,10 +118,14 @@ class EvaluateSettings(_Settings):
         batch: windows in one forward pass. With more than one, the last bits of a loss may depend
             on what else is in the pass.
         seed: of arrival order, controls and bootstrap.
+        resamples: of the bootstrap.
         merge_nearest: clusters that are merged.
         merge_temperature: of the softmax over their similarities.
         context_prompt_tokens: most tokens of earlier contexts that `in_context` puts in the prompt
             and that the neural cache looks back on.
+        refine: how clusters are refined on the stream.
+        oracle: how the oracle is fine-tuned.
+        stream: how documents of unseen domains arrive.
     """
 
     documents: Annotated[int, Field(ge=2)] = 16
