@@ -91,6 +91,7 @@ class ChameleonClient:
         adaptation: AdaptationMode = "auto",
         namespace: str = DEFAULT_NAMESPACE,
         learn: bool = True,
+        timeout_s: float | None = None,
         request_id: str = "",
     ) -> GenerateResult:
         """Answer `prompt` whole.
@@ -98,7 +99,7 @@ class ChameleonClient:
         Raises:
             ChameleonError: whatever the service raised.
         """
-        request = _request(prompt, sampling, adaptation, namespace, learn, request_id)
+        request = _request(prompt, sampling, adaptation, namespace, learn, timeout_s, request_id)
         return await _wait(self._handle.generate.remote(request))
 
     async def stream(
@@ -109,6 +110,7 @@ class ChameleonClient:
         adaptation: AdaptationMode = "auto",
         namespace: str = DEFAULT_NAMESPACE,
         learn: bool = True,
+        timeout_s: float | None = None,
         request_id: str = "",
     ) -> AsyncGenerator[TokenChunk, None]:
         """Stream the answer to `prompt`.
@@ -119,7 +121,7 @@ class ChameleonClient:
         Raises:
             ChameleonError: whatever the service raised, with the first chunk or later.
         """
-        request = _request(prompt, sampling, adaptation, namespace, learn, request_id)
+        request = _request(prompt, sampling, adaptation, namespace, learn, timeout_s, request_id)
         chunks = self._handle.options(stream=True).stream.remote(request)
         try:
             async for chunk in chunks:
@@ -167,6 +169,7 @@ class SyncChameleonClient:
         adaptation: AdaptationMode = "auto",
         namespace: str = DEFAULT_NAMESPACE,
         learn: bool = True,
+        timeout_s: float | None = None,
         request_id: str = "",
     ) -> GenerateResult:
         """Answer `prompt` whole.
@@ -175,7 +178,7 @@ class SyncChameleonClient:
             ChameleonError: whatever the service raised.
             TimeoutError: the answer took longer than `timeout_s`; the request is cancelled.
         """
-        request = _request(prompt, sampling, adaptation, namespace, learn, request_id)
+        request = _request(prompt, sampling, adaptation, namespace, learn, timeout_s, request_id)
         return self._wait(self._handle.generate.remote(request))
 
     def stream(
@@ -186,6 +189,7 @@ class SyncChameleonClient:
         adaptation: AdaptationMode = "auto",
         namespace: str = DEFAULT_NAMESPACE,
         learn: bool = True,
+        timeout_s: float | None = None,
         request_id: str = "",
     ) -> Generator[TokenChunk, None, None]:
         """Stream the answer to `prompt`; closing the generator cancels the request.
@@ -193,7 +197,7 @@ class SyncChameleonClient:
         Raises:
             ChameleonError: whatever the service raised, with the first chunk or later.
         """
-        request = _request(prompt, sampling, adaptation, namespace, learn, request_id)
+        request = _request(prompt, sampling, adaptation, namespace, learn, timeout_s, request_id)
         chunks = self._handle.options(stream=True).stream.remote(request)
         try:
             yield from chunks
@@ -254,6 +258,7 @@ def _request(
     adaptation: AdaptationMode,
     namespace: str,
     learn: bool,
+    timeout_s: float | None = None,
     request_id: str = "",
 ) -> GenerateRequest:
     if isinstance(prompt, str):
@@ -268,6 +273,7 @@ def _request(
                 "adaptation": adaptation,
                 "namespace": namespace,
                 "learn": learn,
+                "timeout_s": timeout_s,
                 "request_id": request_id,
             }
         )

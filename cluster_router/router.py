@@ -113,6 +113,7 @@ class ClusterRouter:
             prompt_tokens=encoded.prompt_tokens,
             sampling=request.sampling,
             assignment=assignment,
+            timeout_s=request.timeout_s,
         )
 
     def remaining(self, prompt_tokens: Sequence[int]) -> int:

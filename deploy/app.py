@@ -9,12 +9,17 @@ Only here are deployments made of classes. Replicas, autoscaling and resources a
 # No postponed annotations here: Serve reads the type of `config` to validate the args against it.
 from ray import serve
 from ray.serve import Application
+from ray.serve.config import BackpressureConfig
 
 from deploy.affinity import router_config
 from deploy.config import AppConfig
 from deploy.learning import LearnerReplica
 from deploy.parts import GeneratorReplica, LMReplica, RouterReplica
 from deploy.refining import RefineryReplica
+
+_FULL = BackpressureConfig(status_code=429, retry_after_s=1)
+_DRAIN_S = 120
+"""How long a replica that is being replaced may take to end the answers that it has begun."""
 
 
 def build(config: AppConfig) -> Application:
@@ -53,13 +58,20 @@ def build(config: AppConfig) -> Application:
                 )
                 .bind(config)
             )
-    # Serve must let every request through to the engine, which has the queues by cluster.
+    # Serve must let every request through to the engine, which has the queues by cluster and says
+    # at once when they are full. Serve's own queues then hold requests for moments only, or while
+    # there is no replica; they are bounded for that.
     capacity = config.engine.max_sequences + config.engine.max_queued
+    most = 16 * capacity
     lm = (
         serve.deployment(LMReplica)
         .options(
             name="LMReplica",
-            max_ongoing_requests=capacity,
+            max_ongoing_requests=2 * capacity,
+            max_queued_requests=most,
+            backpressure_config=_FULL,
+            graceful_shutdown_wait_loop_s=0.5,
+            graceful_shutdown_timeout_s=_DRAIN_S,
             ray_actor_options={"num_cpus": 0.5},
             health_check_period_s=5,
             request_router_config=router_config(config.routing),
@@ -68,7 +80,11 @@ def build(config: AppConfig) -> Application:
     )
     router = serve.deployment(serve.ingress()(RouterReplica)).options(
         name="ClusterRouter",
-        max_ongoing_requests=2 * capacity,
+        max_ongoing_requests=most,
+        max_queued_requests=most,
+        backpressure_config=_FULL,
+        graceful_shutdown_wait_loop_s=0.5,
+        graceful_shutdown_timeout_s=_DRAIN_S,
         ray_actor_options={"num_cpus": 0.1},
     )
     return router.bind(config, lm, generator, learner, refinery)

@@ -14,7 +14,7 @@ from cluster_router.http import MAX_BODY_BYTES
 from cluster_router.index import Device
 from cluster_router.learning.config import LearnerConfig
 from cluster_router.wire.errors import ConfigError
-from cluster_router.wire.types import Namespace
+from cluster_router.wire.types import Namespace, Timeout
 from lm_workers.config import EngineConfig
 from lm_workers.models import DEFAULT_MODEL
 
@@ -60,6 +60,9 @@ class RouterConfig(BaseModel):
         index_device: where FAISS searches the centroids.
         chat_max_tokens: longest chat answer when the request sets none; None is all that is left
             of the context.
+        timeout_s: seconds that an answer may take, and the most that a request may ask for
+            (`timeout_s`); None is no limit.
+        attempts: how often an answer that has not begun is sent for when LM replicas are lost.
         described_from: prompts that a cluster must stand for before its characteristic words are
             shown; those of a smaller one would say what few people wrote.
     """
@@ -67,6 +70,8 @@ class RouterConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     index_device: Device = "auto"
+    timeout_s: Timeout | None = None
+    attempts: Annotated[int, Field(gt=0, le=10)] = 3
     described_from: Annotated[int, Field(ge=0)] = 20
     chat_max_tokens: Annotated[int, Field(gt=0)] | None = None
 

@@ -13,6 +13,7 @@ from functools import partial
 import ray
 from cachetools import LRUCache
 from fastapi import FastAPI
+from ray.serve.exceptions import ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from adapter_gen.bundle import Bundle
@@ -20,6 +21,7 @@ from adapter_gen.export import export_peft, zip_files
 from adapter_gen.generator import AdapterGenerator
 from adapter_gen.update import LoraDelta
 from cluster_router.clusters import Assigner
+from cluster_router.delivery import Delivery
 from cluster_router.embedding import TokenEmbedder
 from cluster_router.http import build_app
 from cluster_router.index import FaissIndex
@@ -44,6 +46,7 @@ from deploy.config import AppConfig
 from deploy.learning import RouterLearning
 from deploy.refining import RouterRefining, refinement_store
 from lm_workers.build import build_engine
+from lm_workers.engine import EngineStats
 from lm_workers.models import (
     ModelInfo,
     describe_model,
@@ -53,6 +56,15 @@ from lm_workers.models import (
     resolve_model,
 )
 from lm_workers.worker import LMWorker
+
+_LOST = (
+    ray.exceptions.NodeDiedError,
+    ray.exceptions.ObjectLostError,
+    ray.exceptions.RayActorError,
+    ray.exceptions.WorkerCrashedError,
+    ReplicaUnavailableError,
+)
+"""What a call raises whose replica is gone, or out of reach."""
 
 
 def _load_bundle(config: AppConfig, info: ModelInfo) -> Bundle | None:
@@ -157,6 +169,7 @@ class LMReplica:
             engine,
             RemoteGenerator(generator),
             None if bundle is None else bundle.spec,
+            None if bundle is None else bundle.hypernetwork_id,
             patience_s=config.generator.patience_s,
         )
 
@@ -177,6 +190,10 @@ class LMReplica:
         """What `deploy/autoscaling.py` counts: tokens still to compute, share of KV in use."""
         stats = await self._worker.stats()
         return {"tokens": stats.tokens_ahead, "kv_use": 1 - stats.kv_free}
+
+    async def check_integrity(self) -> EngineStats:
+        """See LMWorker.check_integrity."""
+        return await self._worker.check_integrity()
 
     async def ready(self) -> bool:
         """True as soon as there is a replica to say so."""
@@ -204,6 +221,8 @@ class RemoteWorker:
         try:
             async for chunk in chunks:
                 yield chunk
+        except _LOST as error:
+            raise UnavailableError("An LM replica was lost; send the request again.") from error
         finally:
             chunks.cancel()  # of no effect once the stream has ended
 
@@ -268,7 +287,7 @@ class RouterReplica:
             prompts=prompts,
             embedder=TokenEmbedder(embedding, None if bundle is None else bundle.token_weights),
             assigners=learning.assigners,
-            worker=self._lm,
+            worker=Delivery(self._lm, config.router.attempts, timeout_s=config.router.timeout_s),
             exporter=RemoteGenerator(generator),
             observers=(learning.observe, refining.observe),
         )

@@ -5,22 +5,34 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+import time
+from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, replace
 from queue import Empty, SimpleQueue
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from cachetools import LRUCache
 
 from adapter_gen.update import LoraDelta, UpdateSpec
-from cluster_router.wire.errors import ChameleonError, EngineError, UnavailableError
+from cluster_router.wire.errors import (
+    ChameleonError,
+    EngineError,
+    OverloadedError,
+    UnavailableError,
+)
 from cluster_router.wire.types import AdapterKey, Conditioning, TokenChunk, TokenizedRequest
 from lm_workers.engine import Engine, EngineStats
 
 log = logging.getLogger(__name__)
 
 Outcome = TokenChunk | Exception
+T = TypeVar("T")
 
+_PACE = 32
+"""Answers over whose ends the pace is taken."""
+
+_LONGEST_WAIT_S = 60.0
 _MOST_MISSING = 1024
 _FORGET_S = 60.0
 """After so long an update is asked for once more: the first call is taken for lost."""
@@ -50,6 +62,8 @@ class LMWorker:
         adapters: asked for updates that are not at hand.
         spec: form of the updates. With it a request whose update cannot be had, or not in time,
             runs under the static one; without it the request fails.
+        hypernetwork: id of the one that generates them. A request of another's clusters, as there
+            are while a bundle is being replaced, runs under the static update of this one.
         delta_bytes: bytes of updates kept in host memory, so that a hot cluster costs no call.
         patience_s: how long an update may take from when it is first asked for.
     """
@@ -59,17 +73,19 @@ class LMWorker:
         engine: Engine,
         adapters: AdapterSource,
         spec: UpdateSpec | None = None,
+        hypernetwork: str | None = None,
         delta_bytes: int = 2**26,
         patience_s: float = 5.0,
     ) -> None:
         self._engine, self._adapters = engine, adapters
-        self._spec, self._patience_s = spec, patience_s
+        self._spec, self._hypernetwork, self._patience_s = spec, hypernetwork, patience_s
         self._deltas: LRUCache[str, LoraDelta] = LRUCache(delta_bytes, lambda one: one.nbytes)
         self._fetching: dict[str, _Fetch] = {}
         # Updates that could not be had when last asked for, so that it is logged once.
         self._missing: LRUCache[str, None] = LRUCache(_MOST_MISSING)
         self._commands: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._streams: dict[str, tuple[asyncio.AbstractEventLoop, asyncio.Queue[Outcome]]] = {}
+        self._ends: deque[float] = deque(maxlen=_PACE)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -90,15 +106,41 @@ class LMWorker:
 
     async def stats(self) -> EngineStats:
         """What the engine does now and has done, as of its next moment between two steps."""
-        loop = asyncio.get_running_loop()
-        told: asyncio.Future[EngineStats] = loop.create_future()
+        return await self._between_steps(lambda: self._engine.stats)
 
-        def settle(stats: EngineStats) -> None:
-            if not told.done():
-                told.set_result(stats)
+    async def check_integrity(self) -> EngineStats:
+        """The same, once it is sure that nothing is lost or held twice.
+
+        Raises:
+            AssertionError: something is.
+        """
+
+        def check() -> EngineStats:
+            self._engine.check_integrity()
+            assert len(self._streams) == self._engine.num_running + self._engine.num_waiting
+            return self._engine.stats
+
+        return await self._between_steps(check)
+
+    async def _between_steps(self, ask: Callable[[], T]) -> T:
+        """What `ask` gives or raises in the engine's thread."""
+        loop = asyncio.get_running_loop()
+        told: asyncio.Future[T] = loop.create_future()
+
+        def settle(answer: T | None, error: Exception | None) -> None:
+            if told.done():
+                return
+            if error is None:
+                told.set_result(answer)  # type: ignore[arg-type]
+            else:
+                told.set_exception(error)
 
         def tell() -> None:
-            loop.call_soon_threadsafe(settle, self._engine.stats)
+            try:
+                answer, error = ask(), None
+            except Exception as raised:
+                answer, error = None, raised
+            loop.call_soon_threadsafe(settle, answer, error)
 
         self._send(tell)
         return await told
@@ -141,9 +183,12 @@ class LMWorker:
             return None, None
         if spec is None:
             return await self._delta(key, request.assignment.conditioning), None
-        static = replace(key, cluster=None, version=0, refinement="")
+        own = self._hypernetwork or key.hypernetwork
+        static = replace(key, hypernetwork=own, cluster=None, version=0, refinement="")
         if key == static:
             return LoraDelta.static(static, spec), None  # the same everywhere: nobody to ask
+        if key.hypernetwork != own:
+            return LoraDelta.static(static, spec), static
         try:
             return await self._delta(key, request.assignment.conditioning), None
         except Exception as error:  # whatever befell it there or on the way here
@@ -235,8 +280,11 @@ class LMWorker:
     ) -> None:
         try:
             self._engine.add(request, delta)
-        except ChameleonError as refusal:
+        except OverloadedError as full:
+            refusal = OverloadedError(full.message, full.param, self._drained_in())
             loop.call_soon_threadsafe(outcomes.put_nowait, refusal)
+        except ChameleonError as refused:
+            loop.call_soon_threadsafe(outcomes.put_nowait, refused)
         else:
             self._streams[request.request_id] = loop, outcomes
 
@@ -247,8 +295,19 @@ class LMWorker:
             del self._streams[name]
             self._engine.abort(name)
 
+    def _drained_in(self) -> float:
+        """Seconds in which, at the latest pace, all that waits now will have begun."""
+        if len(self._ends) < 2:
+            return 1.0
+        each = (time.monotonic() - self._ends[0]) / len(self._ends)
+        return min(max(1.0, self._engine.num_waiting * each), _LONGEST_WAIT_S)
+
     def _deliver(self, name: str, outcome: Outcome) -> None:
         loop, outcomes = self._streams[name]
+        if isinstance(outcome, Exception) or outcome.finish_reason is not None:
+            # Nothing is left to abort; and the next stream of this name is another one.
+            del self._streams[name]
+            self._ends.append(time.monotonic())
         if not loop.is_closed():  # a reader that is gone must not end this thread
             loop.call_soon_threadsafe(outcomes.put_nowait, outcome)
 

@@ -14,7 +14,7 @@ from pydantic import (
     WithJsonSchema,
 )
 
-from cluster_router.wire.types import Namespace
+from cluster_router.wire.types import Namespace, Timeout
 
 MAX_STOPS = 16
 MAX_CHOICES = 128
@@ -149,6 +149,11 @@ class SamplingFields(Strict):
         None,
         description="Extension. By default clusters learn from the prompt's embedding; `false` "
         "keeps it out of all statistics.",
+    )
+    timeout_s: Timeout | None = Field(
+        None,
+        description="Extension. Seconds in which the answer must be complete; it ends with an "
+        "error then. The service may allow less.",
     )
 
     def sampling(self) -> Iterator[tuple[str, Any]]:

@@ -145,6 +145,7 @@ def _generate(
         adaptation="auto" if body.adaptation is None else body.adaptation,
         namespace=body.namespace or DEFAULT_NAMESPACE,
         learn=body.learn is not False,
+        timeout_s=body.timeout_s,
     )
 
 

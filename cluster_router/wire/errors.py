@@ -10,6 +10,7 @@
     │   └── TooLargeError       the body is longer than is taken             413
     ├── OverloadedError         queues are full, come back later             429
     ├── UnavailableError        a part is starting, restarting or gone       503
+    ├── DeadlineError           the answer took longer than it may           504
     ├── EngineError             a request failed inside the engine           500
     └── SetupError              the operator can fix it, raised at start-up
         ├── ConfigError         a setting is unknown or contradicts another
@@ -115,6 +116,14 @@ class UnavailableError(ChameleonError):
     status = 503
     kind = "service_unavailable_error"
     code = "unavailable"
+
+
+class DeadlineError(ChameleonError):
+    """The answer was not complete within the request's time."""
+
+    status = 504
+    kind = "timeout_error"
+    code = "deadline_exceeded"
 
 
 class EngineError(ChameleonError):

@@ -26,6 +26,9 @@ def _printable(namespace: str) -> str:
     return namespace
 
 
+Timeout = Annotated[float, Field(gt=0, le=86400)]
+"""Seconds in which an answer must be complete."""
+
 Namespace = Annotated[str, AfterValidator(_printable), Field(json_schema_extra={"maxLength": 128})]
 """Name of a tenant, whose clusters are kept apart from those of others."""
 
@@ -73,7 +76,8 @@ class GenerateRequest(_Frozen):
 
     `adaptation` is `"auto"` (assign a cluster), `"off"` (the unadapted base model) or a cluster id.
     `namespace` names the tenant whose clusters are used. With `learn` the prompt's embedding, and
-    nothing else of it, enters the statistics of that tenant's clusters.
+    nothing else of it, enters the statistics of that tenant's clusters. An answer that is not
+    complete within `timeout_s` seconds ends with DeadlineError.
     """
 
     prompt: str | None = None
@@ -83,6 +87,7 @@ class GenerateRequest(_Frozen):
     adaptation: Literal["auto", "off"] | Annotated[int, Field(ge=0)] = "auto"
     namespace: Namespace = DEFAULT_NAMESPACE
     learn: bool = True
+    timeout_s: Timeout | None = None
     request_id: str = ""
 
 
@@ -159,12 +164,16 @@ class Observation:
 
 @dataclass(frozen=True, slots=True)
 class TokenizedRequest:
-    """What a router sends to an LM replica: token ids and the assignment they run under."""
+    """What a router sends to an LM replica: token ids and the assignment they run under.
+
+    `timeout_s` is for the router itself: the seconds in which the answer must be complete.
+    """
 
     request_id: str
     prompt_tokens: tuple[int, ...]
     sampling: SamplingParams
     assignment: Assignment
+    timeout_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -122,3 +123,31 @@ async def test_close_ends_open_streams_and_later_ones(tiny_llama: Path) -> None:
             pass
     with pytest.raises(UnavailableError):
         await text(worker, request("b"))
+
+
+async def test_a_full_engine_says_in_how_long_its_queue_will_have_drained(worker: LMWorker) -> None:
+    async def refusals(burst: str) -> list[float]:
+        streams = [worker.generate(request(f"{burst}{i}")) for i in range(40)]
+        firsts = await asyncio.gather(*(anext(one) for one in streams), return_exceptions=True)
+        await asyncio.gather(*(one.aclose() for one in streams))
+        return [one.retry_after for one in firsts if isinstance(one, OverloadedError)]
+
+    assert 1 <= min(await refusals("a")) <= 60
+    now = time.monotonic()
+    worker._ends.extend(now - 4 * ago for ago in range(32, 0, -1))  # one end each four seconds
+    first = (await refusals("b"))[0]
+    assert 8 * 4 <= first < 8 * 6, "eight wait"
+
+
+async def test_integrity_is_checked_between_steps(worker: LMWorker) -> None:
+    long = {"max_tokens": 110, "ignore_eos": True}
+    streams = [worker.generate(request(f"r{i}", **long)) for i in range(4)]
+    await asyncio.gather(*(anext(one) for one in streams))
+    stats = await worker.check_integrity()
+    assert stats.running and stats.kv_free < 1
+    await asyncio.gather(*(one.aclose() for one in streams))
+    stats = await worker.check_integrity()
+    assert (stats.running, stats.waiting, stats.kv_free) == (0, 0, 1)
+    worker._streams["lost"] = asyncio.get_running_loop(), asyncio.Queue()
+    with pytest.raises(AssertionError):
+        await worker.check_integrity()

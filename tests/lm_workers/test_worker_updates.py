@@ -145,6 +145,24 @@ async def test_who_waits_too_long_runs_under_the_static_update_and_says_so(
     assert source.asked == [1]
 
 
+async def test_a_request_of_another_bundle_runs_under_this_ones_static_update(
+    tiny_llama: Path, source: Source
+) -> None:
+    spec = source._spec
+    engine = build_engine(tiny_llama, CONFIG, (spec, init_bases(spec, seed=0)))
+    worker = LMWorker(engine, source, spec, hypernetwork="newer")
+    own = replace(STATIC, hypernetwork="newer")
+    try:
+        _, static = told(await chunks(worker, "own static", own))
+        assert told(await chunks(worker, "its cluster", key(1))) == (own, static)
+        assert told(await chunks(worker, "its static", STATIC)) == (own, static)
+        assert source.asked == []
+        stand_in, logprobs = told(await chunks(worker, "own", replace(own, cluster=1, version=1)))
+        assert stand_in is None and logprobs != static
+    finally:
+        worker.close()
+
+
 @pytest.mark.parametrize("failure", [RuntimeError("the generator died"), None])
 async def test_an_update_that_fails_or_is_poisoned_is_never_applied(
     worker: LMWorker, source: Source, failure: Exception | None
