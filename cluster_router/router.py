@@ -10,6 +10,7 @@ from typing import Protocol
 from cluster_router.embedding import TokenEmbedder
 from cluster_router.prompts import PromptEncoder
 from cluster_router.tenants import TenantAssigners
+from cluster_router.traffic import Traffic
 from cluster_router.wire.errors import EngineError
 from cluster_router.wire.types import (
     DEFAULT_NAMESPACE,
@@ -65,6 +66,7 @@ class ClusterRouter:
         exporter: writes updates for download.
         observers: shown each prompt that may be learned from. They must return at once and never
             fail.
+        traffic: counts; None counts for this router alone.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class ClusterRouter:
         worker: Worker,
         exporter: Exporter,
         observers: Sequence[Callable[[Observation], None]] = (),
+        traffic: Traffic | None = None,
     ) -> None:
         self._model = model
         self._prompts = prompts
@@ -84,6 +87,12 @@ class ClusterRouter:
         self._worker = worker
         self._exporter = exporter
         self._observers = observers
+        self._traffic = traffic or Traffic()
+
+    @property
+    def traffic(self) -> Traffic:
+        """What this router has served."""
+        return self._traffic
 
     @property
     def model(self) -> ServedModel:
@@ -100,6 +109,13 @@ class ClusterRouter:
         Raises:
             RequestError: see `PromptEncoder.encode` and `Assigner.assign`.
         """
+        try:
+            return self._prepare(request)
+        except Exception as error:
+            self._traffic.refused(request.namespace, error)
+            raise
+
+    def _prepare(self, request: GenerateRequest) -> TokenizedRequest:
         encoded = self._prompts.encode(request)
         embedding = self._embedder.embed(encoded.content_tokens)
         assigner = self._assigners.of(request.namespace)
@@ -114,6 +130,8 @@ class ClusterRouter:
             sampling=request.sampling,
             assignment=assignment,
             timeout_s=request.timeout_s,
+            namespace=request.namespace,
+            learn=request.learn,
         )
 
     def remaining(self, prompt_tokens: Sequence[int]) -> int:
@@ -125,11 +143,18 @@ class ClusterRouter:
 
         Closing this generator, or cancelling the task that reads it, closes the worker's stream.
         """
+        flight = self._traffic.begin(request)
         chunks = self._worker.generate(request)
+        error: BaseException | None = None
         try:
             async for chunk in chunks:
+                flight.chunk(chunk)
                 yield chunk
+        except BaseException as raised:
+            error = raised
+            raise
         finally:
+            flight.end(error)
             if isinstance(chunks, AsyncGenerator):
                 await chunks.aclose()
 
@@ -157,7 +182,7 @@ class ClusterRouter:
         Raises:
             RequestError: see `prepare`.
         """
-        return self.prepare(request.model_copy(update={"learn": False})).assignment
+        return self._prepare(request.model_copy(update={"learn": False})).assignment
 
     def clusters(self, namespace: str = DEFAULT_NAMESPACE) -> list[ClusterInfo]:
         """Every cluster that `namespace` uses now."""

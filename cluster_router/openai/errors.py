@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -87,6 +88,20 @@ def error_answer(error: BaseException, request_id: str) -> ErrorAnswer:
     logger.error("request %s failed", request_id, exc_info=error)
     message = f"The server failed on this request; its log names request {request_id}."
     return ErrorAnswer(500, message, "server_error", code="internal_error")
+
+
+def error_code(error: BaseException) -> str:
+    """A short name for `error`, from a small set: what answers call it, or what befell its caller.
+
+    Nothing is logged.
+    """
+    for cause in _causes(error):
+        if isinstance(cause, (GeneratorExit, asyncio.CancelledError)):
+            return "cancelled"
+        answer = _known(cause)
+        if answer is not None:
+            return answer.code or answer.kind
+    return "internal_error"
 
 
 def _causes(error: BaseException) -> list[BaseException]:

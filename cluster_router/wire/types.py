@@ -167,6 +167,7 @@ class TokenizedRequest:
     """What a router sends to an LM replica: token ids and the assignment they run under.
 
     `timeout_s` is for the router itself: the seconds in which the answer must be complete.
+    `namespace` and `learn` are the request's own.
     """
 
     request_id: str
@@ -174,6 +175,8 @@ class TokenizedRequest:
     sampling: SamplingParams
     assignment: Assignment
     timeout_s: float | None = None
+    namespace: str = DEFAULT_NAMESPACE
+    learn: bool = True
 
 
 @dataclass(frozen=True, slots=True)
