@@ -29,7 +29,7 @@ class AccessConfig(BaseModel):
     """Who may call over HTTP. Calls through Python handles come from the cluster and need no key.
 
     Attributes:
-        keys: file of API keys, as `python -m deploy.keys` writes it; None lets everyone in. Each
+        keys: file of API keys, as `chameleon keys add` writes it; None lets everyone in. Each
             router reads its own node's, and again when it changes.
         rates: where requests of a key are counted. `memory://` counts for each router alone, a
             `redis://` URL for all (needs the `redis` package).

@@ -69,7 +69,7 @@ def _pages() -> dict[str, str]:
         ),
         "training.md": settings_page(
             "Training settings",
-            "The file in `python -m training train --config`: `TrainSettings` of "
+            "The file in `chameleon train --config`: `TrainSettings` of "
             "`training/config.py`. `training/configs/` has whole ones.",
             "training/config.py",
             TrainSettings(),
@@ -77,7 +77,7 @@ def _pages() -> dict[str, str]:
         + "".join(_sections(MemoryConfig(), "hypernetwork, kind memory")),
         "evaluation.md": settings_page(
             "Evaluation settings",
-            "The file in `python -m training evaluate --settings`: `EvaluateSettings` of "
+            "The file in `chameleon evaluate --settings`: `EvaluateSettings` of "
             "`training/evaluation/settings.py`.",
             "training/evaluation/settings.py",
             EvaluateSettings(),

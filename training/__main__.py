@@ -1,4 +1,4 @@
-"""`python -m training`."""
+"""`python -m training`: the training commands of `chameleon`, without installing it."""
 
 import sys
 

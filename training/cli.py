@@ -1,116 +1,227 @@
-"""Command line: `python -m training <command>`; `--help` lists the commands."""
+"""The training commands, of `chameleon` and of `python -m training`.
+
+Only the command lines are here. What they run is imported when it is run, so that `--help` and
+completion need neither torch nor Ray.
+"""
 
 from __future__ import annotations
 
-import argparse
-import logging
-import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
-from cluster_router.wire.errors import BundleError, ChameleonError
-from lm_workers.models.source import default_cache
-from training.artefact import Artefact
-from training.checkpoints import PartialRun
-from training.config import load_settings
-from training.data.command import DATA_HELP, location
-from training.data.command import add_parser as add_data
-from training.data.licences import LICENCES_HELP, load_licences
-from training.evaluation.command import add_parser as add_evaluate
-from training.evaluation.seeds import add_parser as add_seeds
-from training.jobs import TrainJob
-from training.paper.command import add_parser as add_reproduce_paper
-from training.runtime import InProcess
+import typer
 
-_FAILED = 2
-"""Exit status of a run that the operator has to change something for."""
+from training.terminal import command_line, interruptible, run
+
+app = command_line("Train and measure bundles.")
+
+_DATA_HELP = (
+    "Folder of text by domain (<domain>.<split>.jsonl.gz, <domain>.jsonl, <domain>.parquet, "
+    "<domain>/*.txt), or hub:<organisation>/<dataset>, with :<configuration> where it has several."
+)
+_LICENCES_HELP = (
+    "YAML file of the source and licence of each domain, for the model card: "
+    "<domain>: {source, licence, note}."
+)
+_CACHE_HELP = "Where computed features are kept (default: features/ in this user's cache)."
+
+Data = Annotated[str, typer.Option(help=_DATA_HELP)]
+Cache = Annotated[Path | None, typer.Option(help=_CACHE_HELP)]
+Licences = Annotated[Path | None, typer.Option(help=_LICENCES_HELP)]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
-    options = _parser().parse_args(arguments)
-    try:
-        options.run(options)
-    except ChameleonError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return _FAILED
-    except KeyboardInterrupt:
-        print("interrupted; train goes on with --resume, evaluate when run again", file=sys.stderr)
-        return 130
-    return 0
+    return run(app, "python -m training", arguments)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="training", description=__doc__)
-    commands = parser.add_subparsers(required=True, metavar="command")
-    train = commands.add_parser("train", help="train a bundle from a folder of text")
-    train.add_argument("--config", type=Path, required=True, help="settings, YAML")
-    train.add_argument("--out", type=Path, default=Path("bundle"), help="folder to write")
-    train.add_argument("--holdout", help="domains to hold out, separated by commas")
-    train.add_argument("--licences", type=Path, help=LICENCES_HELP)
-    train.add_argument("--seed", type=int, help="replaces the seed of the config")
-    train.add_argument(
-        "--workers",
-        type=_workers,
-        metavar="N[,M]",
-        help="replaces the workers of the config: 0 for this process, N Ray Train workers, "
-        "or from N to M of them, as many as the cluster has room for",
+@app.command()
+def train(
+    config: Annotated[Path, typer.Option(help="Settings, YAML.")],
+    data: Data,
+    out: Annotated[Path, typer.Option(help="Folder to write.")] = Path("bundle"),
+    holdout: Annotated[
+        str | None, typer.Option(help="Domains to hold out, separated by commas.")
+    ] = None,
+    licences: Licences = None,
+    seed: Annotated[int | None, typer.Option(help="Replaces the seed of the config.")] = None,
+    workers: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N or N,M",
+            help="Replaces the workers of the config: 0 for this process, N Ray Train workers, or "
+            "from N to M of them, as many as the cluster has room for.",
+        ),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with an interrupted run of --out, if any.")
+    ] = False,
+    cache: Cache = None,
+) -> None:
+    """Train a bundle from text."""
+    from training.command import train_bundle
+
+    with interruptible("go on with --resume"):
+        train_bundle(config, data, out, holdout, licences, seed, workers, resume, cache)
+    typer.echo(
+        f"wrote {out}; measure it with: chameleon evaluate --bundle {out} --data {data}\n"
+        f"and serve it with: chameleon serve --bundle {out}"
     )
-    train.add_argument(
-        "--resume", action="store_true", help="go on with an interrupted run of --out, if any"
-    )
-    train.set_defaults(run=_train)
-    for command in (train, add_evaluate(commands), add_data(commands)):
-        command.add_argument("--data", type=location, required=True, help=DATA_HELP)
-        command.add_argument(
-            "--cache",
-            type=Path,
-            default=default_cache() / "features",
-            help="where computed features are kept (default: %(default)s)",
+
+
+@app.command(
+    epilog="Variants are listed, with what they are, in the error that an unknown one gives."
+)
+def evaluate(
+    bundle: Annotated[Path, typer.Option(help="Folder that train wrote.")],
+    data: Data,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder to write (default: <bundle>-evaluation).")
+    ] = None,
+    settings: Annotated[Path | None, typer.Option(help="Settings of the evaluation, YAML.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Few documents, cheap variants.")] = False,
+    documents: Annotated[int | None, typer.Option(help="Scored documents of each domain.")] = None,
+    expensive_documents: Annotated[
+        int | None, typer.Option(help="Of these, how many expensive variants get.")
+    ] = None,
+    variants: Annotated[
+        str | None, typer.Option(help="Which to measure, separated by commas (default: all).")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Of arrival order, controls and bootstrap.")
+    ] = None,
+    paper: Annotated[
+        Path | None, typer.Option(help="A bundle of the paper's form, to compare with.")
+    ] = None,
+    budget: Annotated[
+        Path | None,
+        typer.Option(
+            help="A bundle trained on the same tokens, whose static update has the whole budget."
+        ),
+    ] = None,
+    holdout: Annotated[
+        Path | None,
+        typer.Option(help="An evaluated bundle of the same recipe with domains held out."),
+    ] = None,
+    record: Annotated[
+        bool, typer.Option("--record", help="Write figures and card into the bundle too.")
+    ] = False,
+    cache: Cache = None,
+) -> None:
+    """Measure a bundle against every baseline and control.
+
+    Writes evaluation.json, report.md, documents.jsonl and plots. What was computed is kept in
+    --cache: the same command goes on where it was stopped. Domains that the bundle was not trained
+    on arrive as a stream.
+    """
+    from training.evaluation.command import evaluate_bundle
+
+    given = {"documents": documents, "expensive_documents": expensive_documents}
+    with interruptible("the same command goes on where it was stopped"):
+        evaluate_bundle(
+            bundle,
+            data,
+            cache,
+            out,
+            settings,
+            quick=quick,
+            seed=seed,
+            variants=variants,
+            counts={name: count for name, count in given.items() if count is not None},
+            holdout=holdout,
+            paper=paper,
+            budget=budget,
+            record=record,
         )
-    add_seeds(commands)
-    add_reproduce_paper(commands)
-    return parser
 
 
-def _train(options: argparse.Namespace) -> None:
-    if options.out.exists():
-        raise BundleError(f"{options.out} exists; name another folder with --out", "out")
-    overrides: dict[str, Any] = {
-        name: value
-        for name, value in (("seed", options.seed), ("workers", options.workers))
-        if value is not None
+@app.command("data")
+def list_data(
+    data: Data,
+    config: Annotated[Path | None, typer.Option(help="Settings of the run, YAML.")] = None,
+    licences: Licences = None,
+    tokens: Annotated[
+        bool, typer.Option("--tokens", help="Count tokens too, which takes long.")
+    ] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    cache: Cache = None,
+) -> None:
+    """List what is in a data set, and what is left out of it as duplicate."""
+    from training.data.command import describe_data
+
+    typer.echo(describe_data(data, config, licences, tokens, json, cache))
+
+
+@app.command()
+def seeds(
+    evaluations: Annotated[list[Path], typer.Argument(help="Folders that evaluate wrote.")],
+) -> None:
+    """Put evaluations of several seeds side by side.
+
+    Prints, for each group of domains, what each variant gains over the static update of its own
+    seed, in nats per token: seed by seed, and the mean of the seeds with its 95 % interval (paired
+    bootstrap over domains and documents). Variants that not every evaluation measured on every
+    document are left out.
+    """
+    from training.evaluation.seeds import compare
+
+    typer.echo(compare(evaluations))
+
+
+@app.command()
+def reproduce_paper(
+    data: Annotated[Path | None, typer.Option(help="Folder that holds wikitext-2/.")] = None,
+    train: Annotated[
+        Path | None, typer.Option(help="Text file, folder or <domain>.train.jsonl.gz.")
+    ] = None,
+    validation: Annotated[Path | None, typer.Option(help="Text file.")] = None,
+    test: Annotated[
+        Path | None, typer.Option(help="Text file (default: half of --validation).")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Base model (default: the embedded one).")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder to write.")] = Path("reproduction"),
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A few lines of text: two minutes.")
+    ] = False,
+    learning_rate: Annotated[float | None, typer.Option(help="Default: the paper's 5e-4.")] = None,
+    seeds: Annotated[int | None, typer.Option(help="How many seeds (default: 1).")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Default: the paper's 10.")] = None,
+    positions: Annotated[
+        int | None, typer.Option(help="Scored positions drawn from each sequence (default: 16).")
+    ] = None,
+    train_sequences: Annotated[
+        int | None, typer.Option(help="Training lines, published protocol (default: all).")
+    ] = None,
+    validation_sequences: Annotated[
+        int | None, typer.Option(help="Validation lines, published protocol (default: all).")
+    ] = None,
+    train_windows: Annotated[
+        int | None, typer.Option(help="Training windows, honest protocol (default: all).")
+    ] = None,
+    validation_windows: Annotated[
+        int | None, typer.Option(help="Validation windows, honest protocol (default: 64).")
+    ] = None,
+    test_windows: Annotated[
+        int | None, typer.Option(help="Test windows, honest protocol (default: 512).")
+    ] = None,
+    cache: Cache = None,
+) -> None:
+    """Repeat arXiv 2502.04315 as published, and under an honest loss."""
+    from training.paper.command import reproduce
+
+    given = {
+        "model": model,
+        "learning_rate": learning_rate,
+        "seeds": None if seeds is None else tuple(range(seeds)),
+        "epochs": epochs,
+        "positions": positions,
+        "train_sequences": train_sequences,
+        "validation_sequences": validation_sequences,
+        "train_windows": train_windows,
+        "validation_windows": validation_windows,
+        "test_windows": test_windows,
     }
-    if options.holdout:
-        overrides["data.holdout"] = options.holdout.split(",")
-    settings = load_settings(options.config, **overrides)
-    job = TrainJob(
-        settings,
-        options.data,
-        options.cache.resolve(),
-        "python -m training train",
-        load_licences(options.licences),
-    )
-    partial = PartialRun.open(options.out, job.as_json(), options.resume)
-    _run(job, partial.folder).save(options.out)
-    partial.remove()
-    print(
-        f"wrote {options.out}; measure it with: "
-        f"python -m training evaluate --bundle {options.out} --data {options.data}"
-    )
-
-
-def _workers(text: str) -> int | list[int]:
-    counts = [int(part) for part in text.split(",")]
-    return counts[0] if len(counts) == 1 else counts
-
-
-def _run(job: TrainJob, partial: Path) -> Artefact:
-    if job.settings.workers == 0:
-        return job.run(InProcess(partial))
-    # Ray takes a second to import, and a run in this process does without it.
-    from training.ray_train import train_with_ray
-
-    return train_with_ray(job, partial.resolve())
+    reproduce(data, (train, validation, test), given, quick, out, cache)

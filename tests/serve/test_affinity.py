@@ -26,9 +26,9 @@ from cluster_router.wire.snapshot import ClusterSnapshot
 from cluster_router.wire.types import GenerateResult, SamplingParams
 from deploy.affinity import RESIDENT
 from deploy.app import build
+from deploy.cli.keys import add_key
 from deploy.client import connect
 from deploy.config import AppConfig
-from deploy.keys import add_key
 from lm_workers.models import describe_model, load_causal_lm
 
 pytestmark = pytest.mark.serve

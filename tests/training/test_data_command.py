@@ -1,4 +1,4 @@
-"""`python -m training data`."""
+"""`chameleon data`."""
 
 from __future__ import annotations
 

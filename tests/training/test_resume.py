@@ -1,4 +1,4 @@
-"""`python -m training train` stopped and resumed, as an operator would."""
+"""`chameleon train` stopped and resumed, as an operator would."""
 
 from __future__ import annotations
 
@@ -98,9 +98,5 @@ def test_a_stopped_run_resumes_to_the_same_bundle(
 def test_workers_are_a_count_or_a_range(
     arguments: list[str], tmp_path: Path, workers: str, capsys: pytest.CaptureFixture
 ) -> None:
-    try:
-        status = main([*arguments, "--out", str(tmp_path / "out"), f"--workers={workers}"])
-    except SystemExit as end:  # argparse
-        status = end.code
-    assert status == 2
+    assert main([*arguments, "--out", str(tmp_path / "out"), f"--workers={workers}"]) == 2
     assert "workers" in capsys.readouterr().err

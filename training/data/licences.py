@@ -10,11 +10,6 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from cluster_router.wire.errors import ConfigError
 
-LICENCES_HELP = (
-    "source and licence of each domain, for the model card: YAML, "
-    "<domain>: {source, licence[, note]}"
-)
-
 
 class Licence(BaseModel):
     """Where a domain's text comes from, what allows its use, and what to know of its figures."""

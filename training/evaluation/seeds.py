@@ -1,8 +1,7 @@
-"""`python -m training seeds`: what several seeds of one recipe gain on the same documents."""
+"""`chameleon seeds`: what several seeds of one recipe gain on the same documents."""
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,20 +15,6 @@ from training.statistics import RESAMPLES, Bootstrap, Interval
 _BASELINE = "static"
 _Document = dict[str, Any]
 _SAME = ("group", "domain", "scored_tokens", "scored_bytes")
-
-
-def add_parser(commands: Any) -> None:
-    """Register the command."""
-    parser: argparse.ArgumentParser = commands.add_parser(
-        "seeds",
-        help="put evaluations of several seeds side by side",
-        description="Prints, for each group of domains, what each variant gains over the static "
-        "update of its own seed, in nats per token: seed by seed, and the mean of the seeds with "
-        "its 95 % interval (paired bootstrap over domains and documents). Variants that not every "
-        "evaluation measured on every document are left out.",
-    )
-    parser.add_argument("evaluations", type=Path, nargs="+", help="folders that evaluate wrote")
-    parser.set_defaults(run=lambda options: print(compare(options.evaluations)))
 
 
 def compare(folders: Sequence[Path]) -> str:

@@ -178,7 +178,15 @@ def load_evaluate_settings(path: Path | None, **overrides: Any) -> EvaluateSetti
             raise ConfigError(f"cannot read the settings {path}: {error}", "settings") from error
     if not isinstance(raw, dict):
         raise ConfigError(f"the settings {path} must be a mapping", "settings")
-    raw |= {name: value for name, value in overrides.items() if value is not None}
+    return checked_settings(raw | {name: v for name, v in overrides.items() if v is not None})
+
+
+def checked_settings(raw: dict[str, Any]) -> EvaluateSettings:
+    """Settings from plain values.
+
+    Raises:
+        ConfigError: an unknown key or a value out of range.
+    """
     try:
         return EvaluateSettings.model_validate(raw)
     except ValidationError as error:
