@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
+from opentelemetry import trace
 
 from adapter_gen.bundle import Bundle
 from adapter_gen.cache import DeltaCache
@@ -24,6 +25,7 @@ LoadRefined = Callable[[str], bytes | None]
 gone."""
 
 logger = logging.getLogger(__name__)
+tracer = trace.get_tracer("chameleon.generator")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,21 +36,25 @@ class GeneratorStats:
         hits: requests answered from the cache.
         misses: requests that had to wait for a generation, their own or one under way.
         generated: updates generated; less than `misses` where several waited for one.
+        failed: generations that failed.
         in_flight: updates being generated, or waiting to be.
         evicted: updates dropped from the cache to make room.
         entries: updates held.
         bytes: bytes held.
         last_generation_seconds: wall time of the last generation, queueing included.
+        generation_seconds: of all of them.
     """
 
     hits: int
     misses: int
     generated: int
+    failed: int
     in_flight: int
     evicted: int
     entries: int
     bytes: int
     last_generation_seconds: float
+    generation_seconds: float
 
 
 class AdapterGenerator:
@@ -82,8 +88,8 @@ class AdapterGenerator:
         self._in_flight: dict[AdapterKey, asyncio.Task[LoraDelta]] = {}
         # One thread: torch spreads one generation over the cores, two would only contend.
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="adapter-generator")
-        self._hits = self._misses = self._generated = 0
-        self._last_seconds = 0.0
+        self._hits = self._misses = self._generated = self._failed = 0
+        self._last_seconds = self._seconds = 0.0
 
     async def get(self, key: AdapterKey, conditioning: Conditioning | None) -> LoraDelta:
         """The update named `key`, from the cache or generated now.
@@ -140,11 +146,13 @@ class AdapterGenerator:
             hits=self._hits,
             misses=self._misses,
             generated=self._generated,
+            failed=self._failed,
             in_flight=len(self._in_flight),
             evicted=self._cache.evicted,
             entries=len(self._cache),
             bytes=int(self._cache.currsize),
             last_generation_seconds=self._last_seconds,
+            generation_seconds=self._seconds,
         )
 
     def close(self) -> None:
@@ -157,12 +165,17 @@ class AdapterGenerator:
         started = time.perf_counter()
         loop = asyncio.get_running_loop()
         try:
-            delta = await loop.run_in_executor(self._thread, self.generate, key, conditioning)
+            with tracer.start_as_current_span("chameleon.generate_update"):
+                delta = await loop.run_in_executor(self._thread, self.generate, key, conditioning)
             self._cache[key] = delta
+        except Exception:
+            self._failed += 1
+            raise
         finally:
             del self._in_flight[key]
         self._generated += 1
         self._last_seconds = time.perf_counter() - started
+        self._seconds += self._last_seconds
         return delta
 
     def _load_refined(self, key: AdapterKey) -> LoraDelta | None:

@@ -87,6 +87,10 @@ class PromptEncoder:
         self._check_ids([token], "token")
         return str(self._tokenizer.decode([token]))
 
+    def text(self, tokens: Sequence[int]) -> str:
+        """Text of `tokens`, without special ones."""
+        return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
+
     def _prompt_tokens(self, request: GenerateRequest) -> tuple[int, ...]:
         if request.prompt is not None:
             tokens = tuple(self._tokenize(request.prompt, "prompt"))

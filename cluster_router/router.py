@@ -10,6 +10,7 @@ from typing import Protocol
 from cluster_router.embedding import TokenEmbedder
 from cluster_router.prompts import PromptEncoder
 from cluster_router.tenants import TenantAssigners
+from cluster_router.tracing import preparing
 from cluster_router.traffic import Traffic
 from cluster_router.wire.errors import EngineError
 from cluster_router.wire.types import (
@@ -110,7 +111,8 @@ class ClusterRouter:
             RequestError: see `PromptEncoder.encode` and `Assigner.assign`.
         """
         try:
-            return self._prepare(request)
+            with preparing():
+                return self._prepare(request)
         except Exception as error:
             self._traffic.refused(request.namespace, error)
             raise

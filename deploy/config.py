@@ -13,6 +13,7 @@ from cluster_router.affinity import AffinityPolicy
 from cluster_router.http import MAX_BODY_BYTES
 from cluster_router.index import Device
 from cluster_router.learning.config import LearnerConfig
+from cluster_router.request_log import PART_BYTES
 from cluster_router.wire.errors import ConfigError
 from cluster_router.wire.types import Namespace, Timeout
 from lm_workers.config import EngineConfig
@@ -159,6 +160,57 @@ class RefinementConfig(BaseModel):
         return namespace in self.namespaces or EVERY_NAMESPACE in self.namespaces
 
 
+class MetricsConfig(BaseModel):
+    """What is measured of live traffic.
+
+    Attributes:
+        max_clusters: pairs of namespace and cluster that have labels of their own in Prometheus,
+            in each router; all others share one.
+        gain_share: share of the adapted answers whose prompts are scored once more, under their
+            cluster's update and under the static one, while the engine has room: an estimate of
+            what the updates are worth on live traffic. 0 makes none; requests with `learn: false`
+            are never taken.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    max_clusters: Annotated[int, Field(ge=0)] = 256
+    gain_share: Annotated[float, Field(ge=0, le=1)] = 0.01
+
+
+class RequestLogConfig(BaseModel):
+    """Prompts and answers as text to train a bundle on. Off unless a namespace is named.
+
+    Requests with `learn: false` are never logged.
+
+    Attributes:
+        namespaces: tenants whose requests are logged; `""` is that of requests that name none,
+            `"*"` every one.
+        uri: folder or URI (`s3://bucket/requests`) for the log: a folder of gzipped JSON lines for
+            each namespace, as `python -m training --data` reads it.
+        max_bytes: text of one namespace that is kept by size, before compression; the oldest makes
+            room.
+        interval_s: how often the log is written; a crash loses no more than this.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    namespaces: tuple[Namespace, ...] = ()
+    uri: Annotated[str, Field(min_length=1)] | None = None
+    max_bytes: Annotated[int, Field(ge=PART_BYTES)] = 2**30
+    interval_s: Annotated[float, Field(gt=0, le=3600)] = 10.0
+
+    @model_validator(mode="after")
+    def _somewhere(self) -> RequestLogConfig:
+        if self.namespaces and self.uri is None:
+            raise ValueError("set uri, the folder in which requests are to be logged")
+        return self
+
+    def allows(self, namespace: str) -> bool:
+        """Whether requests of `namespace` are logged."""
+        return namespace in self.namespaces or EVERY_NAMESPACE in self.namespaces
+
+
 class AppConfig(BaseModel):
     """What is served, and how.
 
@@ -175,6 +227,8 @@ class AppConfig(BaseModel):
         generator: what makes updates.
         learner: how clusters follow the traffic.
         refinement: whose prompts clusters are refined on.
+        metrics: what is measured of live traffic.
+        request_log: whose requests are kept as text to train on.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -189,6 +243,8 @@ class AppConfig(BaseModel):
     generator: GeneratorConfig = GeneratorConfig()
     learner: LearningConfig = LearningConfig()
     refinement: RefinementConfig = RefinementConfig()
+    metrics: MetricsConfig = MetricsConfig()
+    request_log: RequestLogConfig = RequestLogConfig()
 
     @property
     def name(self) -> str:

@@ -21,6 +21,8 @@ from cluster_router.tenants import TenantAssigners
 from cluster_router.wire.errors import ConfigError, UnavailableError
 from cluster_router.wire.types import FloatArray, Observation
 from deploy.config import AppConfig, LearningConfig
+from deploy.logs import join_serve
+from deploy.reporting import INTERVAL_S, LearnerReporter, report_every
 from lm_workers.models.source import default_cache
 
 
@@ -37,6 +39,7 @@ class LearnerReplica:
     """Serves a LearnerWorker. What was published before is where it goes on from."""
 
     def __init__(self, config: AppConfig) -> None:
+        join_serve()
         path = config.bundle_path
         if path is None:
             raise ConfigError("there is no bundle whose clusters could move; set `bundle`")
@@ -59,6 +62,10 @@ class LearnerReplica:
         self._publishing = asyncio.get_running_loop().create_task(
             self._worker.publish_every(learning.publish_interval_s)
         )
+        self._reporter = LearnerReporter()
+        self._reporting = asyncio.get_running_loop().create_task(
+            report_every(INTERVAL_S, self._report)
+        )
 
     async def learn(self, batches: Batches) -> None:
         """See LearnerWorker.learn."""
@@ -67,6 +74,9 @@ class LearnerReplica:
     async def status(self) -> LearnerStatus:
         """See LearnerWorker.status."""
         return self._worker.status()
+
+    async def _report(self) -> None:
+        self._reporter.report(self._worker.status())
 
     def check_health(self) -> None:
         """Let Serve replace a learner that publishes no more. A full disk is no reason to."""
@@ -101,6 +111,9 @@ class RouterLearning:
         bundle: None where nothing can be adapted.
         learner: None where nothing is learned; clusters then stay as `make` gives them.
         make: an Assigner for a namespace, over the bundle's clusters.
+
+    Attributes:
+        outbox: what goes to the learner; None where nothing is learned.
     """
 
     def __init__(
@@ -110,14 +123,14 @@ class RouterLearning:
         learner: DeploymentHandle | None,
         make: Callable[[str], Assigner],
     ) -> None:
-        self._outbox: Outbox[tuple[str, FloatArray]] | None = None
+        self.outbox: Outbox[tuple[str, FloatArray]] | None = None
         if bundle is None or learner is None:
             self.assigners = TenantAssigners(make, None, config.max_namespaces)
             return
         published = partial(newer, clusters_uri(config, bundle))
         self.assigners = TenantAssigners(make, published, config.max_namespaces)
         self.assigners.load()
-        self._outbox = Outbox(
+        self.outbox = Outbox(
             RemoteLearner(learner).learn,
             "learner",
             config.batch_size,
@@ -126,11 +139,11 @@ class RouterLearning:
         )
         loop = asyncio.get_running_loop()
         self._tasks = (
-            loop.create_task(self._outbox.run()),
+            loop.create_task(self.outbox.run()),
             loop.create_task(self.assigners.follow(config.poll_interval_s)),
         )
 
     def observe(self, seen: Observation) -> None:
         """Send the embedding of a prompt, and nothing else of it, to the learner."""
-        if self._outbox is not None:
-            self._outbox.add((seen.namespace, seen.embedding))
+        if self.outbox is not None:
+            self.outbox.add((seen.namespace, seen.embedding))

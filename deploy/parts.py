@@ -6,13 +6,15 @@ nothing of Ray.
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
 from functools import partial
 
 import ray
 from cachetools import LRUCache
 from fastapi import FastAPI
+from ray import serve
 from ray.serve.exceptions import ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle
 
@@ -23,10 +25,15 @@ from adapter_gen.update import LoraDelta
 from cluster_router.clusters import Assigner
 from cluster_router.delivery import Delivery
 from cluster_router.embedding import TokenEmbedder
+from cluster_router.gain import GainProbe
 from cluster_router.http import build_app
 from cluster_router.index import FaissIndex
 from cluster_router.prompts import PromptEncoder
+from cluster_router.request_log import LoggedWorker, RequestLog
 from cluster_router.router import ClusterRouter, ServedModel
+from cluster_router.stream_log import log_stream
+from cluster_router.tracing import trace_stream
+from cluster_router.traffic import Traffic
 from cluster_router.vocabulary import CharacteristicTokens
 from cluster_router.wire.errors import BundleError, UnavailableError
 from cluster_router.wire.snapshot import ClusterSnapshot
@@ -42,9 +49,17 @@ from cluster_router.wire.types import (
     TokenizedRequest,
 )
 from deploy.affinity import routing_stats
-from deploy.config import AppConfig
+from deploy.config import AppConfig, RequestLogConfig
 from deploy.learning import RouterLearning
+from deploy.logs import join_serve
 from deploy.refining import RouterRefining, refinement_store
+from deploy.reporting import (
+    INTERVAL_S,
+    EngineReporter,
+    GeneratorReporter,
+    TrafficReporter,
+    report_every,
+)
 from lm_workers.build import build_engine
 from lm_workers.engine import EngineStats
 from lm_workers.models import (
@@ -78,10 +93,21 @@ def _embedded_tokens(bundle: Bundle | None, context_length: int) -> int:
     return tokens or context_length
 
 
+def _request_log(
+    config: RequestLogConfig, decode: Callable[[Sequence[int]], str]
+) -> RequestLog | None:
+    """Where this router logs; None where nobody's requests are logged."""
+    if config.uri is None or not config.namespaces:
+        return None
+    writer = serve.get_replica_context().replica_id.unique_id
+    return RequestLog(config.uri, writer, config.allows, decode, config.max_bytes)
+
+
 class GeneratorReplica:
     """Serves an AdapterGenerator: updates as numpy in the object store."""
 
     def __init__(self, config: AppConfig) -> None:
+        join_serve()
         self._path = resolve_model(config.model)
         self._base_model = config.model
         bundle = _load_bundle(config, describe_model(self._path, config.name))
@@ -98,6 +124,10 @@ class GeneratorReplica:
         self._refs: LRUCache[str, ray.ObjectRef] = LRUCache(
             max(1, config.generator.cache_bytes // (2 * bundle.spec.numbers_per_cluster))
         )
+        self._reporter = GeneratorReporter()
+        self._reporting = asyncio.get_running_loop().create_task(
+            report_every(INTERVAL_S, self._report)
+        )
 
     async def get(self, key: AdapterKey, conditioning: Conditioning | None) -> list[ray.ObjectRef]:
         """A reference to the update `key`, in a list so that Serve does not resolve it."""
@@ -109,6 +139,9 @@ class GeneratorReplica:
     async def record_routing_stats(self) -> dict[str, list[str]]:
         """What this replica has at hand, for the request router."""
         return routing_stats(self._refs)
+
+    async def _report(self) -> None:
+        self._reporter.report(self._generator.stats())
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """What `deploy/autoscaling.py` counts: updates being generated, or waiting to be."""
@@ -161,6 +194,7 @@ class LMReplica:
     """Serves an engine."""
 
     def __init__(self, config: AppConfig, generator: DeploymentHandle | None) -> None:
+        join_serve()
         path = resolve_model(config.model)
         bundle = _load_bundle(config, describe_model(path, config.name))
         update = None if bundle is None else (bundle.spec, bundle.bases)
@@ -171,6 +205,10 @@ class LMReplica:
             None if bundle is None else bundle.spec,
             None if bundle is None else bundle.hypernetwork_id,
             patience_s=config.generator.patience_s,
+        )
+        self._reporter = EngineReporter()
+        self._reporting = asyncio.get_running_loop().create_task(
+            report_every(INTERVAL_S, self._report)
         )
 
     async def generate(self, request: TokenizedRequest) -> AsyncIterator[TokenChunk]:
@@ -190,6 +228,9 @@ class LMReplica:
         """What `deploy/autoscaling.py` counts: tokens still to compute, share of KV in use."""
         stats = await self._worker.stats()
         return {"tokens": stats.tokens_ahead, "kv_use": 1 - stats.kv_free}
+
+    async def _report(self) -> None:
+        self._reporter.report(await self._worker.stats())
 
     async def check_integrity(self) -> EngineStats:
         """See LMWorker.check_integrity."""
@@ -242,6 +283,7 @@ class RouterReplica:
         learner: DeploymentHandle | None,
         refinery: DeploymentHandle | None,
     ) -> None:
+        join_serve()
         self._config = config
         self._access = config.access.build()
         path = resolve_model(config.model)
@@ -277,6 +319,14 @@ class RouterReplica:
             )
 
         learning = RouterLearning(config.learner, bundle, learner, assigner)
+        self._learning, self._refining = learning, refining
+        self._reporter = TrafficReporter(config.metrics.max_clusters)
+        worker = Delivery(self._lm, config.router.attempts, timeout_s=config.router.timeout_s)
+        listeners = [self._reporter.ended, log_stream, trace_stream]
+        self._traffic = Traffic(listeners=listeners)
+        self._probe = GainProbe(worker, self._traffic.gained, config.metrics.gain_share)
+        listeners.append(self._probe.ended)
+        self._log = _request_log(config.request_log, prompts.text)
         self._router = ClusterRouter(
             model=ServedModel(
                 name=config.name,
@@ -287,10 +337,18 @@ class RouterReplica:
             prompts=prompts,
             embedder=TokenEmbedder(embedding, None if bundle is None else bundle.token_weights),
             assigners=learning.assigners,
-            worker=Delivery(self._lm, config.router.attempts, timeout_s=config.router.timeout_s),
+            worker=worker if self._log is None else LoggedWorker(worker, self._log),
             exporter=RemoteGenerator(generator),
             observers=(learning.observe, refining.observe),
+            traffic=self._traffic,
         )
+        loop = asyncio.get_running_loop()
+        self._tasks = [
+            loop.create_task(report_every(INTERVAL_S, self._report)),
+            loop.create_task(self._probe.run()),
+        ]
+        if self._log is not None:
+            self._tasks.append(loop.create_task(self._log.run(config.request_log.interval_s)))
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """The HTTP API, built by Serve once the replica exists."""
@@ -323,6 +381,11 @@ class RouterReplica:
     async def clusters(self, namespace: str = DEFAULT_NAMESPACE) -> list[ClusterInfo]:
         """See ClusterRouter.clusters."""
         return self._router.clusters(namespace)
+
+    async def _report(self) -> None:
+        self._reporter.report(self._traffic)
+        self._reporter.handed_on("learner", self._learning.outbox)
+        self._reporter.handed_on("refinery", self._refining.outbox)
 
     async def _readiness(self) -> str | None:
         return None if await self._lm.ready() else "the engine's thread has ended"

@@ -24,6 +24,8 @@ from cluster_router.wire.errors import ConfigError, UnavailableError
 from cluster_router.wire.types import Observation
 from deploy.config import AppConfig, RefinementConfig
 from deploy.learning import clusters_uri
+from deploy.logs import join_serve
+from deploy.reporting import INTERVAL_S, RefineryReporter, report_every
 from lm_workers.build import pick_device
 from lm_workers.models import describe_model, load_causal_lm, resolve_dtype, resolve_model
 
@@ -45,6 +47,7 @@ class RefineryReplica:
     """Serves a RefineryWorker. On a CPU it runs at low priority, beside the engine."""
 
     def __init__(self, config: AppConfig) -> None:
+        join_serve()
         path = resolve_model(config.model)
         bundle_path = config.bundle_path
         if bundle_path is None:
@@ -63,6 +66,10 @@ class RefineryReplica:
             ClusterRefinery(refiner, generator.generate, refinery), store, bundle.spec, refinery
         )
         self._refining = asyncio.get_running_loop().create_task(self._worker.run())
+        self._reporter = RefineryReporter()
+        self._reporting = asyncio.get_running_loop().create_task(
+            report_every(INTERVAL_S, self._report)
+        )
 
     async def offer(self, offered: list[Offered]) -> None:
         """See RefineryWorker.offer."""
@@ -71,6 +78,9 @@ class RefineryReplica:
     async def status(self) -> RefineryStatus:
         """See RefineryWorker.status."""
         return self._worker.status()
+
+    async def _report(self) -> None:
+        self._reporter.report(self._worker.status())
 
     def check_health(self) -> None:
         """Let Serve replace a refinery that refines no more."""
@@ -86,6 +96,9 @@ class RouterRefining:
         store: None where nothing is refined.
         refinery: None where nothing is refined.
         poll_interval_s: how often the store is looked at.
+
+    Attributes:
+        outbox: what goes to the refinery; None where nothing is refined.
     """
 
     def __init__(
@@ -96,7 +109,7 @@ class RouterRefining:
         poll_interval_s: float,
     ) -> None:
         self._config = config
-        self._outbox: Outbox[Offered] | None = None
+        self.outbox: Outbox[Offered] | None = None
         self._newest: NewestRefinements | None = None
         if store is None or refinery is None:
             return
@@ -105,10 +118,10 @@ class RouterRefining:
         async def send(offered: list[Offered]) -> None:
             await refinery.offer.remote(offered)
 
-        self._outbox = Outbox(send, "refinery", size=_BATCH)
+        self.outbox = Outbox(send, "refinery", size=_BATCH)
         loop = asyncio.get_running_loop()
         self._tasks = (
-            loop.create_task(self._outbox.run()),
+            loop.create_task(self.outbox.run()),
             loop.create_task(self._newest.follow(poll_interval_s)),
         )
 
@@ -121,12 +134,12 @@ class RouterRefining:
     def observe(self, seen: Observation) -> None:
         """Send a prompt that chose its own cluster to the refinery, if its namespace allows it."""
         chosen = seen.assignment
-        if self._outbox is None or not self._config.allows(seen.namespace):
+        if self.outbox is None or not self._config.allows(seen.namespace):
             return
         if chosen.key is None or chosen.conditioning is None or chosen.similarity is None:
             return
         tokens = seen.prompt_tokens[-self._config.refinery.prompt_tokens :]
-        self._outbox.add(
+        self.outbox.add(
             Offered(
                 seen.namespace,
                 chosen.key,

@@ -21,6 +21,7 @@ from adapter_gen.hypernetwork import MemoryConfig  # noqa: E402
 from cluster_router.http import build_app  # noqa: E402
 from cluster_router.wire import errors  # noqa: E402
 from deploy.config import AppConfig  # noqa: E402
+from deploy.metrics import METRICS  # noqa: E402
 from training.config import TrainSettings  # noqa: E402
 from training.evaluation.settings import EvaluateSettings  # noqa: E402
 
@@ -84,6 +85,7 @@ def _pages() -> dict[str, str]:
         ),
         "http.md": http_page(build_app(_no_service, _ready).openapi()),
         "errors.md": errors_page(),
+        "metrics.md": metrics_page(),
         "python.md": python_page(),
     }
 
@@ -237,6 +239,25 @@ def _fields(schema: Schema, schemas: Mapping[str, Schema]) -> Iterator[str]:
         mark = " *" if name in required else ""
         yield f"| `{name}`{mark} | {_shape(one, schemas)} | {one.get('description', '')} |"
     yield ""
+
+
+def metrics_page() -> str:
+    """Every metric, a section for each deployment."""
+    text = _MADE.format(source="deploy/metrics.py") + (
+        "# Metrics\n\nAs Prometheus scrapes them; [Monitoring](../guides/monitoring.md) says from "
+        "where. Each also has the labels `application`, `deployment` and `replica`. A histogram "
+        "comes as `_bucket`, `_sum` and `_count`.\n\n"
+    )
+    for owner in dict.fromkeys(metric.owner for metric in METRICS):
+        text += (
+            f"## {owner}\n\n| metric | type | labels | unit | meaning |\n|---|---|---|---|---|\n"
+        )
+        for metric in (one for one in METRICS if one.owner == owner):
+            labels = ", ".join(f"`{label}`" for label in metric.labels)
+            cells = (f"`{metric.exported}`", metric.kind, labels, metric.unit, _cell(metric.help))
+            text += "| " + " | ".join(cells) + " |\n"
+        text += "\n"
+    return text
 
 
 def errors_page() -> str:

@@ -49,6 +49,10 @@ class AdapterBank:
 
     A slot in use by a running sequence is pinned and never replaced.
 
+    Attributes:
+        loads: updates brought here since the start.
+        evictions: of these, how many pushed out another.
+
     Args:
         spec: form of the update.
         bases: its shared parts, on the CPU.
@@ -69,6 +73,7 @@ class AdapterBank:
         self._free = list(range(capacity, OFF, -1))
         self._resident: OrderedDict[str, int] = OrderedDict()
         self._pins = [0] * (capacity + 1)
+        self.loads = self.evictions = 0
 
         def place(tensor: torch.Tensor) -> torch.Tensor:
             return tensor.to(dtype=dtype, device=device)
@@ -154,6 +159,8 @@ class AdapterBank:
             self._free.pop()
         else:
             del self._resident[self._victim_or_fail()]
+            self.evictions += 1
+        self.loads += 1
         return slot
 
     def _victim_or_fail(self) -> str:

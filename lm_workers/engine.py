@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from adapter_gen.update import LoraDelta
-from cluster_router.wire.errors import ContextLengthError, RequestError
+from cluster_router.wire.errors import ContextLengthError, OverloadedError, RequestError
 from cluster_router.wire.types import TokenChunk, TokenizedRequest, TokenLogprob
 from lm_workers.detokenizer import Detokenizer, TokenTexts
 from lm_workers.runner import ModelRunner, StepOutput, scored_rows
@@ -28,8 +28,12 @@ class EngineStats:
         tokens_ahead: tokens of all these that are not computed yet, answers at their longest.
         prompt_tokens: of all requests admitted so far.
         cached_tokens: those of them that the prefix cache held.
+        generated_tokens: of all answers so far.
         preemptions: how often a request had to make room and start over.
         kv_free: share of the KV cache that no running request uses.
+        adapters: updates resident on the device.
+        adapter_loads: updates brought there so far.
+        adapter_evictions: of these, how many pushed out another.
     """
 
     running: int
@@ -37,8 +41,12 @@ class EngineStats:
     tokens_ahead: int
     prompt_tokens: int
     cached_tokens: int
+    generated_tokens: int
     preemptions: int
     kv_free: float
+    adapters: int
+    adapter_loads: int
+    adapter_evictions: int
 
     @property
     def hit_rate(self) -> float:
@@ -75,6 +83,7 @@ class Engine:
         self._texts, self._eos, self._max_context = texts, eos, max_context
         self._clock = clock
         self._sequences: dict[str, Sequence] = {}
+        self._generated_tokens = 0
 
     @property
     def has_work(self) -> bool:
@@ -94,15 +103,19 @@ class Engine:
     @property
     def stats(self) -> EngineStats:
         """Counts since the start."""
-        scheduler = self._scheduler
+        scheduler, bank = self._scheduler, self._scheduler.bank
         return EngineStats(
             running=self.num_running,
             waiting=self.num_waiting,
             tokens_ahead=sum(one.max_length - one.computed for one in self._sequences.values()),
             prompt_tokens=scheduler.prompt_tokens,
             cached_tokens=scheduler.cached_tokens,
+            generated_tokens=self._generated_tokens,
             preemptions=scheduler.preemptions,
             kv_free=scheduler.kv_free,
+            adapters=0 if bank is None else len(bank.resident),
+            adapter_loads=0 if bank is None else bank.loads,
+            adapter_evictions=0 if bank is None else bank.evictions,
         )
 
     def add(self, request: TokenizedRequest, delta: LoraDelta | None) -> None:
@@ -111,8 +124,10 @@ class Engine:
         Raises:
             RequestError: the prompt is empty, or the id is in use.
             ContextLengthError: prompt and output exceed the context.
-            OverloadedError: the queues are full.
+            OverloadedError: the queues are full, or there is no room for a background request.
         """
+        if request.background and not self._scheduler.has_room:
+            raise OverloadedError("there is no room for background work now")
         params, length = request.sampling, len(request.prompt_tokens)
         if not length:
             raise RequestError("the prompt has no tokens", "prompt")
@@ -213,6 +228,7 @@ class Engine:
         """Append a sampled token, see whether the answer is over, and say what is new."""
         token = sampled.token
         sequence.tokens.append(token)
+        self._generated_tokens += 1
         params = sequence.sampling
         text = ""
         may_stop = sequence.num_outputs >= params.min_tokens

@@ -46,6 +46,11 @@ class Scheduler:
         self._keyed_by_update = bank is not None and bank.spec.depth == "full"
 
     @property
+    def bank(self) -> AdapterBank | None:
+        """The resident updates; None where the base model is served alone."""
+        return self._bank
+
+    @property
     def num_waiting(self) -> int:
         """Requests in the queues."""
         return sum(len(queue) for queue in self.queues.values())
@@ -59,6 +64,12 @@ class Scheduler:
     def kv_free(self) -> float:
         """Share of the KV blocks that no running sequence uses."""
         return self._pool.free / (self._pool.num_blocks - 1)
+
+    @property
+    def has_room(self) -> bool:
+        """Whether traffic would hardly feel another request: half of everything is free."""
+        few = 2 * len(self.running) < self._config.max_sequences
+        return few and not self.queues and self.kv_free > 0.5
 
     def add(self, sequence: Sequence) -> None:
         """Queue a new sequence.

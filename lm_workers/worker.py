@@ -13,6 +13,7 @@ from queue import Empty, SimpleQueue
 from typing import Protocol, TypeVar
 
 from cachetools import LRUCache
+from opentelemetry import trace
 
 from adapter_gen.update import LoraDelta, UpdateSpec
 from cluster_router.wire.errors import (
@@ -25,6 +26,7 @@ from cluster_router.wire.types import AdapterKey, Conditioning, TokenChunk, Toke
 from lm_workers.engine import Engine, EngineStats
 
 log = logging.getLogger(__name__)
+tracer = trace.get_tracer("chameleon.worker")
 
 Outcome = TokenChunk | Exception
 T = TypeVar("T")
@@ -151,22 +153,29 @@ class LMWorker:
         Raises:
             ChameleonError: refused, or failed, as `Engine.add` and the adapter source say.
         """
-        delta, stand_in = await self._update(request)
+        with tracer.start_as_current_span("chameleon.update", record_exception=False):
+            delta, stand_in = await self._update(request)
+        span = tracer.start_span("chameleon.compute")
         outcomes: asyncio.Queue[Outcome] = asyncio.Queue()
         name = request.request_id
         loop = asyncio.get_running_loop()
+        begun = False
         self._send(lambda: self._add(request, delta, loop, outcomes))
         try:
             while True:
                 outcome = await outcomes.get()
                 if isinstance(outcome, Exception):
                     raise outcome
+                if not begun:
+                    span.add_event("first chunk")
+                    begun = True
                 if stand_in is not None:
                     outcome, stand_in = replace(outcome, stand_in=stand_in), None
                 yield outcome
                 if outcome.finish_reason is not None:
                     return
         finally:
+            span.end()
             self._send(lambda: self._drop(name, outcomes))
 
     def close(self) -> None:

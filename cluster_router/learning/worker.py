@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -13,12 +14,25 @@ import numpy as np
 
 from cluster_router.learning.tenants import TenantLearners
 from cluster_router.wire.errors import ChameleonError
+from cluster_router.wire.snapshot import ClusterSnapshot
 from cluster_router.wire.types import FloatArray
 
 Batches = Sequence[tuple[str, FloatArray]]
 """Namespaces, each with embeddings [N, d] of its prompts, oldest first."""
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """The clusters of a namespace, as routers see them.
+
+    `at` is when this version was first published here, in Unix seconds.
+    """
+
+    version: int
+    clusters: int
+    at: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,12 +44,14 @@ class LearnerStatus:
         learned: prompts.
         refused: prompts that could not be learned from; the log says why.
         failures: why namespaces cannot be published at this moment, one sentence each.
+        published: by namespace, of those that have learned since the start.
     """
 
     namespaces: int
     learned: int
     refused: int
     failures: tuple[str, ...]
+    published: dict[str, Published]
 
 
 class LearnerWorker:
@@ -51,6 +67,7 @@ class LearnerWorker:
         self._learned = self._refused = 0
         self._said: set[type] = set()  # kinds of refusal logged since the last publishing
         self._failures: dict[str, str] = {}
+        self._published: dict[str, Published] = {}
 
     async def learn(self, batches: Batches) -> None:
         """Learn from `batches`. What cannot be learned from is counted and logged."""
@@ -76,6 +93,7 @@ class LearnerWorker:
             learned=self._learned,
             refused=self._refused,
             failures=tuple(self._failures.values()),
+            published=dict(self._published),
         )
 
     def close(self) -> None:
@@ -103,14 +121,20 @@ class LearnerWorker:
         self._said.clear()
         for namespace in self._learners.namespaces():
             try:
-                self._learners.publish(namespace)
+                snapshot = self._learners.publish(namespace)
             except ChameleonError as error:
                 if namespace not in self._failures:
                     logger.error("clusters are learned but not published: %s", error)
                 self._failures[namespace] = str(error)
             else:
+                self._note(namespace, snapshot)
                 if self._failures.pop(namespace, None):
                     logger.warning("clusters are published again")
+
+    def _note(self, namespace: str, snapshot: ClusterSnapshot) -> None:
+        last = self._published.get(namespace)
+        if last is None or last.version != snapshot.version:
+            self._published[namespace] = Published(snapshot.version, len(snapshot), time.time())
 
 
 def by_namespace(embeddings: Iterable[tuple[str, FloatArray]]) -> Batches:

@@ -167,7 +167,8 @@ class TokenizedRequest:
     """What a router sends to an LM replica: token ids and the assignment they run under.
 
     `timeout_s` is for the router itself: the seconds in which the answer must be complete.
-    `namespace` and `learn` are the request's own.
+    `namespace` and `learn` are the request's own. One that is `background` is refused where traffic
+    could feel it.
     """
 
     request_id: str
@@ -177,6 +178,7 @@ class TokenizedRequest:
     timeout_s: float | None = None
     namespace: str = DEFAULT_NAMESPACE
     learn: bool = True
+    background: bool = False
 
 
 @dataclass(frozen=True, slots=True)

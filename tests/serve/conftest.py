@@ -48,6 +48,9 @@ def settings(port: int) -> dict[str, Any]:
     """
     config: dict[str, Any] = yaml.safe_load((ROOT / "deploy/config.yaml").read_text())
     config["http_options"]["port"] = port
+    # What `test_observation.py` reads: structured logs, and spans in files beside them.
+    config["logging_config"] = {"encoding": "JSON", "log_level": "INFO"}
+    config["tracing_config"] = {"enabled": True, "sampling_ratio": 1.0}
     config["applications"][0]["args"]["engine"] |= {"dtype": "float32", "max_context": 2048}
     config["applications"][0]["args"]["learner"] = {"enabled": False}
     # A busy machine may take its time; `test_affinity.py` has a generator that is really late.

@@ -40,11 +40,18 @@ def _parquet_folder(folder: Path, rows: Rows) -> None:
     _parquet(folder / "tales.parquet", rows[20:], "part-1.parquet")
 
 
+def _folder_of_parts(folder: Path, rows: Rows) -> None:
+    """As a service's request log is."""
+    (folder / "tales").mkdir()
+    _jsonl(folder / "tales", rows[:20], "1-router.jsonl")
+    _jsonl(folder / "tales", rows[20:], "2-router.jsonl")
+
+
 def _documents(reader: Reader, domain: str = "tales") -> dict[str, list[Document]]:
     return {split: list(reader.documents(domain, split)) for split in SPLITS}
 
 
-@pytest.mark.parametrize("write", [_jsonl, _gzipped, _parquet, _parquet_folder])
+@pytest.mark.parametrize("write", [_jsonl, _gzipped, _parquet, _parquet_folder, _folder_of_parts])
 def test_files_of_rows_give_the_same_documents(
     tmp_path: Path, write: Callable[[Path, Rows], None]
 ) -> None:

@@ -21,8 +21,9 @@ _NAME = re.compile(
 )
 _ACCEPTED = (
     "<domain>.<split>.jsonl.gz, <domain>.jsonl[.gz], <domain>.parquet, "
-    "and folders <domain>/ of .txt or .md files"
+    "and folders <domain>/ of .txt, .md, .jsonl or .jsonl.gz files"
 )
+_PARTS = (".jsonl", ".jsonl.gz")
 
 
 class _Found(NamedTuple):
@@ -46,7 +47,7 @@ def folder_sources(folder: Path, columns: Columns) -> list[Source]:
             "hub:<organisation>/<dataset>)",
             "data",
         )
-    found = [one for path in sorted(folder.iterdir()) if (one := _find(path, columns)) is not None]
+    found = [one for path in sorted(folder.iterdir()) for one in _find(path, columns)]
     if not found:
         raise ConfigError(f"data folder {folder} holds no data; it may hold {_ACCEPTED}", "data")
     present: dict[str | None, set[Split]] = {}
@@ -59,17 +60,23 @@ def folder_sources(folder: Path, columns: Columns) -> list[Source]:
     ]
 
 
-def _find(path: Path, columns: Columns) -> _Found | None:
+def _find(path: Path, columns: Columns) -> list[_Found]:
     if path.name.startswith("."):
-        return None
+        return []
     if match := _NAME.fullmatch(path.name):
         name = match["alone"] or match["split"]
         domain = match["domain"] or path.parent.name
-        return _Found(
+        table = _Found(
             Parquet(path) if match["kind"] == "parquet" else JsonLines(path),
             domain if columns.domain is None else None,
             None if name is None else SPLIT_NAMES[name],
         )
-    if path.is_dir() and path.name != REGRESSION_FOLDER and (text := TextFolder(path)).files():
-        return _Found(text, path.name, None)
-    return None
+        return [table]
+    if not path.is_dir() or path.name == REGRESSION_FOLDER:
+        return []
+    parts = [part for part in sorted(path.iterdir()) if part.name.endswith(_PARTS)]
+    domain = path.name if columns.domain is None else None
+    found = [_Found(JsonLines(part), domain, None) for part in parts]
+    if (text := TextFolder(path)).files():
+        found.append(_Found(text, path.name, None))
+    return found

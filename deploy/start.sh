@@ -1,0 +1,5 @@
+#!/bin/sh
+# Starts Ray with a fixed port for Prometheus, then the application on it: $1, or the container's.
+set -eu
+ray start --head --metrics-export-port="${METRICS_PORT:-8080}" --disable-usage-stats
+exec serve run "${1:-deploy/container.yaml}"

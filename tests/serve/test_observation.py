@@ -1,0 +1,198 @@
+"""What the running service tells of itself: metrics, logs and traces; and nothing of a prompt."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import httpx
+import pytest
+import ray
+from prometheus_client.parser import text_string_to_metric_families
+
+from deploy.metrics import METRICS
+
+pytestmark = pytest.mark.serve
+
+CANARY = "zanzibarquux"
+ADDED = {"application", "deployment", "replica"}
+OPTIONAL = {  # owners that this service runs without, and what has had no occasion yet
+    "CentroidLearner",
+    "ClusterRefinery",
+}
+
+
+def scrape() -> str:
+    [node] = ray.nodes()
+    url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+    return httpx.get(url, timeout=10).raise_for_status().text
+
+
+def samples() -> dict[str, list[Any]]:
+    found: dict[str, list[Any]] = {}
+    for family in text_string_to_metric_families(scrape()):
+        for sample in family.samples:
+            if sample.name.startswith("ray_chameleon_"):
+                found.setdefault(sample.name, []).append(sample)
+    return found
+
+
+def value(name: str, **labels: str) -> float:
+    fitting = [one for one in samples().get(name, []) if labels.items() <= one.labels.items()]
+    return sum(one.value for one in fitting)
+
+
+def poll(condition: Any, within_s: float = 60) -> Any:
+    deadline = time.monotonic() + within_s
+    while not (found := condition()):
+        assert time.monotonic() < deadline, f"not within {within_s} s"
+        time.sleep(0.5)
+    return found
+
+
+@pytest.fixture(scope="module")
+def logs(service) -> Path:
+    return Path(ray._private.worker._global_node.get_logs_dir_path())
+
+
+@pytest.fixture(scope="module")
+def asked(service) -> dict[str, Any]:
+    """Answers to prompts that hold a canary: adapted, unadapted, streamed, refused."""
+    http = httpx.Client(base_url=service.url, timeout=120)
+    sql = f"SELECT {CANARY} FROM orders JOIN customers ON orders.id = customers.order_id WHERE "
+    body = {"model": service.model, "prompt": sql, "max_tokens": 4, "temperature": 0}
+    id = f"canary-{uuid4().hex}"
+    headers = {"x-request-id": id}
+    adapted = http.post("/v1/completions", json=body, headers=headers).raise_for_status().json()
+    unadapted = http.post("/v1/completions", json=body | {"adaptation": "off"}).json()
+    chat = {
+        "model": service.model,
+        "messages": [{"role": "user", "content": sql}],
+        "stream": True,
+        "max_tokens": 4,
+    }
+    assert CANARY not in http.post("/v1/chat/completions", json=chat).raise_for_status().text
+    refused = http.post("/v1/completions", json=body | {"prompt": sql * 500})
+    assert refused.status_code == 400
+    wrong = http.post("/v1/completions", json=body | {"prompt": {CANARY: 1}})
+    assert wrong.status_code == 400
+    return {"id": id, "adapted": adapted, "unadapted": unadapted}
+
+
+def test_the_service_exports_what_the_table_says(service, asked: dict[str, Any]) -> None:
+    poll(lambda: value("ray_chameleon_requests_total", mode="cluster") >= 1)
+    poll(lambda: value("ray_chameleon_engine_generated_tokens_total") >= 12)
+    exported = samples()
+    bare = {re.sub(r"_(bucket|sum|count)$", "", name) for name in exported}
+    table = {metric.exported: metric for metric in METRICS}
+    assert bare <= set(table), "exported, but not in the table"
+    for name, found in exported.items():
+        metric = table[re.sub(r"_(bucket|sum|count)$", "", name)]
+        labels = set(found[0].labels) - {"le"}
+        labels = {label for label in labels if not label.startswith(("Session", "Node", "Worker"))}
+        assert labels - {"Component", "Version"} >= ADDED | set(metric.labels), name
+        assert found[0].labels["deployment"] == metric.owner
+    always = {
+        metric.exported
+        for metric in METRICS
+        if metric.kind == "gauge" and metric.owner not in OPTIONAL and not metric.labels
+    }
+    assert always <= bare, "in the table, but not exported"
+
+
+def test_metrics_count_what_was_asked(service, asked: dict[str, Any]) -> None:
+    adaptation = asked["adapted"]["adaptation"]
+    who = {"namespace": "(none)", "cluster": str(adaptation["cluster"])}
+    poll(lambda: value("ray_chameleon_requests_total", **who, mode="cluster") >= 2)
+    assert value("ray_chameleon_requests_total", cluster="(none)", mode="off") >= 1
+    assert value("ray_chameleon_output_tokens_total", **who) >= 8
+    assert value("ray_chameleon_first_token_seconds_count", mode="cluster") >= 2
+    assert value("ray_chameleon_similarity_sum", mode="cluster") > 0
+    poll(lambda: value("ray_chameleon_errors_total", code="context_length_exceeded") >= 1)
+    assert value("ray_chameleon_updates_generated_total") >= 1
+    assert value("ray_chameleon_adapters_resident") >= 1
+
+
+def lines(logs: Path, pattern: str) -> Iterator[dict[str, Any]]:
+    for path in (logs / "serve").glob(pattern):
+        for line in path.read_text().splitlines():
+            yield json.loads(line)
+
+
+def test_logs_are_structured_and_name_the_request(
+    service, logs: Path, asked: dict[str, Any]
+) -> None:
+    def ended() -> list[dict[str, Any]]:
+        found = lines(logs, "replica_*ClusterRouter*.log")
+        return [
+            line for line in found if line.get("request_id") == asked["id"] and "stream" in line
+        ]
+
+    [line] = poll(ended)
+    adaptation = asked["adapted"]["adaptation"]
+    assert (line["mode"], line["cluster"]) == ("cluster", adaptation["cluster"])
+    assert (line["output_tokens"], line["outcome"], line["levelname"]) == (4, "length", "INFO")
+    of_the_engine = lines(logs, "replica_*LMReplica*.log")
+    assert any(line.get("request_id") == asked["id"] for line in of_the_engine)
+
+
+def spans(logs: Path) -> list[dict[str, Any]]:
+    found = []
+    decoder = json.JSONDecoder()
+    for path in (logs / "serve" / "spans").iterdir():
+        text, place = path.read_text(), 0
+        while (place := text.find("{", place)) >= 0:
+            try:
+                span, place = decoder.raw_decode(text, place)
+            except json.JSONDecodeError:
+                break  # being written
+            found.append(span)
+    return found
+
+
+def test_one_trace_leads_through_router_worker_and_generator(
+    service, logs: Path, asked: dict[str, Any]
+) -> None:
+    id = asked["adapted"]["id"]
+
+    def trace() -> dict[str, dict[str, Any]]:
+        everything = spans(logs)
+        for span in everything:
+            if span["attributes"].get("chameleon.request_id", "").startswith(id):
+                trace_id = span["context"]["trace_id"]
+                own = [one for one in everything if one["context"]["trace_id"] == trace_id]
+                return {one["name"]: one for one in own}
+        return {}
+
+    ours = {"chameleon.prepare", "chameleon.answer", "chameleon.update", "chameleon.compute"}
+    found = poll(lambda: trace() if ours <= trace().keys() else None)
+    answer = found["chameleon.answer"]
+    assert answer["attributes"]["chameleon.cluster"] == asked["adapted"]["adaptation"]["cluster"]
+    assert answer["attributes"]["chameleon.output_tokens"] == 4
+    assert [event["name"] for event in answer["events"]] == ["first token"]
+    ids = {span["context"]["span_id"] for span in found.values()}
+    roots = [span["name"] for span in found.values() if span["parent_id"] not in ids]
+    assert len(roots) == 1, roots
+    if not answer["attributes"]["chameleon.fallback"]:
+        everything = [span["name"] for span in spans(logs)]
+        assert "chameleon.generate_update" in everything
+
+
+def test_nothing_of_a_prompt_is_written_or_exported(
+    service, logs: Path, asked: dict[str, Any]
+) -> None:
+    poll(lambda: value("ray_chameleon_requests_total", mode="off") >= 1)
+    assert CANARY not in scrape()
+    read = [path for path in logs.rglob("*") if path.is_file()]
+    assert any(path.parent.name == "spans" for path in read)
+    found = [path for path in read if CANARY.encode() in path.read_bytes()]
+    assert found == []
+    answers = (asked["adapted"], asked["unadapted"])
+    for text in (answer["choices"][0]["text"].strip() for answer in answers):
+        if len(text) > 12:
+            assert [path for path in read if text.encode() in path.read_bytes()] == []
