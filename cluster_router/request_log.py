@@ -68,6 +68,7 @@ class RequestLog:
         self._filling: dict[str, _Part] = {}
         self._full: list[_Part] = []
         self._failing = False
+        self._begun = 0
 
     def wants(self, request: TokenizedRequest) -> bool:
         """Whether `request` is to be logged."""
@@ -119,7 +120,8 @@ class RequestLog:
         name = quote(namespace, safe="") or UNNAMED
         if name.startswith("."):
             name = f"%2E{name[1:]}"
-        file = f"{time.time_ns() // 10**6:013d}-{self._writer}.jsonl.gz"
+        self._begun += 1
+        file = f"{time.time_ns() // 10**6:013d}-{self._writer}-{self._begun:06d}.jsonl.gz"
         return _Part(Folder(f"{self._uri}/{name}", "request_log"), file)
 
     def _write(self, part: _Part, lines: bytes) -> None:

@@ -60,7 +60,7 @@ def traffic() -> Traffic:
 
 def asked(**changes: Any) -> TokenizedRequest:
     assignment = Assignment(KEY, 10, 0.8, 7, Conditioning(np.ones(3, np.float32), 5))
-    request = TokenizedRequest("r", (1,) * 300, SamplingParams(), assignment, "a")
+    request = TokenizedRequest("r", (1,) * 300, SamplingParams(), assignment, namespace="a")
     return replace(request, **changes)
 
 

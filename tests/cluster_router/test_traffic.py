@@ -46,7 +46,7 @@ def traffic(clock: Clock, ends: list[StreamEnd]) -> Traffic:
 def request(cluster: int | None = 3, namespace: str = "", prompt: int = 10) -> TokenizedRequest:
     key = AdapterKey("base", "hyper", cluster, 1)
     assignment = Assignment(key, cluster, similarity=0.25, snapshot_version=4)
-    return TokenizedRequest("r", (1,) * prompt, SamplingParams(), assignment, namespace)
+    return TokenizedRequest("r", (1,) * prompt, SamplingParams(), assignment, namespace=namespace)
 
 
 def stream(traffic: Traffic, asked: TokenizedRequest, tokens: int = 3, **last: Any) -> None:
