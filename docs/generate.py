@@ -112,11 +112,10 @@ def _sections(model: BaseModel, path: str) -> Iterator[str]:
         where = f"{path}.{name}" if path else name
         if name not in described:
             raise LookupError(f"{kind.__name__}.{name} has no line under Attributes")
-        default = _code(value)
+        default, shape = _code(value), _shape(schema["properties"][name], schema.get("$defs", {}))
         if isinstance(value, BaseModel):
             parts.append((where, value))
-            default = f"[below](#{_anchor(where)})"
-        shape = _shape(schema["properties"][name], schema.get("$defs", {}))
+            default, shape = "", f"[section](#{_anchor(where)})"
         yield f"| `{name}` | {shape} | {default} | {_null(_cell(described[name]))} |\n"
     yield "\n"
     for where, value in parts:
