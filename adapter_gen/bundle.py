@@ -6,7 +6,7 @@
 - snapshot.safetensors: the clusters it was trained on
 - token_weights.safetensors: optional, weight of each token in the prompt embedding
 - evaluation.json: optional, what an evaluation run printed
-- README.md: model card, never read back
+- README.md: model card, which training writes and nothing reads
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from typing import Any
 import safetensors.numpy
 
 from adapter_gen import codec, storage
-from adapter_gen.card import model_card
 from adapter_gen.hypernetwork import Hypernetwork, HypernetworkConfig
 from adapter_gen.storage import EmbeddingInfo, FileRecord, Manifest
 from adapter_gen.update import SharedBases, UpdateSpec
@@ -162,7 +161,6 @@ class Bundle:
             files={name: FileRecord.of(data) for name, data in files.items()},
         )
         files[storage.MANIFEST] = storage.encode_json(manifest.model_dump(mode="json"))
-        files["README.md"] = model_card(manifest, len(self.snapshot), self.evaluation).encode()
         return files
 
     @classmethod

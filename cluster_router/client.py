@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator, Sequence
-from typing import Any, Literal, NoReturn, ParamSpec, Protocol, TypeVar
+from typing import Any, Literal, NoReturn, ParamSpec, Protocol, TypedDict, TypeVar, Unpack
 
 from pydantic import ValidationError
 
@@ -38,7 +38,25 @@ P = ParamSpec("P")
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 
-_NOTHING = SamplingParams(max_tokens=0)  # a dry run needs no room for an answer
+
+class Options(TypedDict, total=False):
+    """Keywords of a request. What is left out, or None, is as `GenerateRequest` has it.
+
+    Attributes:
+        sampling: how tokens are chosen.
+        adaptation: `auto`, `off`, or the number of a cluster.
+        namespace: the tenant whose clusters are used.
+        learn: whether clusters may learn from the prompt.
+        timeout_s: longest that the answer may take, in seconds.
+        request_id: names the request in the service's log; by default one is made.
+    """
+
+    sampling: SamplingParams | None
+    adaptation: AdaptationMode
+    namespace: str
+    learn: bool
+    timeout_s: float | None
+    request_id: str
 
 
 class Response(Protocol[T_co]):
@@ -83,35 +101,17 @@ class ChameleonClient:
     def __init__(self, handle: Handle) -> None:
         self._handle = handle
 
-    async def generate(
-        self,
-        prompt: Prompt,
-        *,
-        sampling: SamplingParams | None = None,
-        adaptation: AdaptationMode = "auto",
-        namespace: str = DEFAULT_NAMESPACE,
-        learn: bool = True,
-        timeout_s: float | None = None,
-        request_id: str = "",
-    ) -> GenerateResult:
+    async def generate(self, prompt: Prompt, **options: Unpack[Options]) -> GenerateResult:
         """Answer `prompt` whole.
 
         Raises:
             ChameleonError: whatever the service raised.
         """
-        request = _request(prompt, sampling, adaptation, namespace, learn, timeout_s, request_id)
+        request = _request(prompt, options)
         return await _wait(self._handle.generate.remote(request))
 
     async def stream(
-        self,
-        prompt: Prompt,
-        *,
-        sampling: SamplingParams | None = None,
-        adaptation: AdaptationMode = "auto",
-        namespace: str = DEFAULT_NAMESPACE,
-        learn: bool = True,
-        timeout_s: float | None = None,
-        request_id: str = "",
+        self, prompt: Prompt, **options: Unpack[Options]
     ) -> AsyncGenerator[TokenChunk, None]:
         """Stream the answer to `prompt`.
 
@@ -121,7 +121,7 @@ class ChameleonClient:
         Raises:
             ChameleonError: whatever the service raised, with the first chunk or later.
         """
-        request = _request(prompt, sampling, adaptation, namespace, learn, timeout_s, request_id)
+        request = _request(prompt, options)
         chunks = self._handle.options(stream=True).stream.remote(request)
         try:
             async for chunk in chunks:
@@ -140,7 +140,7 @@ class ChameleonClient:
         namespace: str = DEFAULT_NAMESPACE,
     ) -> Assignment:
         """What `prompt` would run under. Nothing is generated, and nothing learned."""
-        request = _request(prompt, _NOTHING, adaptation, namespace, learn=False)
+        request = _dry_run(prompt, adaptation, namespace)
         return await _wait(self._handle.assign.remote(request))
 
     async def clusters(self, namespace: str = DEFAULT_NAMESPACE) -> list[ClusterInfo]:
@@ -161,43 +161,25 @@ class SyncChameleonClient:
         self._handle = handle
         self._timeout_s = timeout_s
 
-    def generate(
-        self,
-        prompt: Prompt,
-        *,
-        sampling: SamplingParams | None = None,
-        adaptation: AdaptationMode = "auto",
-        namespace: str = DEFAULT_NAMESPACE,
-        learn: bool = True,
-        timeout_s: float | None = None,
-        request_id: str = "",
-    ) -> GenerateResult:
+    def generate(self, prompt: Prompt, **options: Unpack[Options]) -> GenerateResult:
         """Answer `prompt` whole.
 
         Raises:
             ChameleonError: whatever the service raised.
             TimeoutError: the answer took longer than `timeout_s`; the request is cancelled.
         """
-        request = _request(prompt, sampling, adaptation, namespace, learn, timeout_s, request_id)
+        request = _request(prompt, options)
         return self._wait(self._handle.generate.remote(request))
 
     def stream(
-        self,
-        prompt: Prompt,
-        *,
-        sampling: SamplingParams | None = None,
-        adaptation: AdaptationMode = "auto",
-        namespace: str = DEFAULT_NAMESPACE,
-        learn: bool = True,
-        timeout_s: float | None = None,
-        request_id: str = "",
+        self, prompt: Prompt, **options: Unpack[Options]
     ) -> Generator[TokenChunk, None, None]:
         """Stream the answer to `prompt`; closing the generator cancels the request.
 
         Raises:
             ChameleonError: whatever the service raised, with the first chunk or later.
         """
-        request = _request(prompt, sampling, adaptation, namespace, learn, timeout_s, request_id)
+        request = _request(prompt, options)
         chunks = self._handle.options(stream=True).stream.remote(request)
         try:
             yield from chunks
@@ -215,7 +197,7 @@ class SyncChameleonClient:
         namespace: str = DEFAULT_NAMESPACE,
     ) -> Assignment:
         """What `prompt` would run under. Nothing is generated, and nothing learned."""
-        request = _request(prompt, _NOTHING, adaptation, namespace, learn=False)
+        request = _dry_run(prompt, adaptation, namespace)
         return self._wait(self._handle.assign.remote(request))
 
     def clusters(self, namespace: str = DEFAULT_NAMESPACE) -> list[ClusterInfo]:
@@ -252,31 +234,22 @@ def _raise_own(error: Exception) -> NoReturn:
     raise error
 
 
-def _request(
-    prompt: Prompt,
-    sampling: SamplingParams | None,
-    adaptation: AdaptationMode,
-    namespace: str,
-    learn: bool,
-    timeout_s: float | None = None,
-    request_id: str = "",
-) -> GenerateRequest:
+def _dry_run(prompt: Prompt, adaptation: AdaptationMode, namespace: str) -> GenerateRequest:
+    """A request that needs no room for an answer, and teaches nothing."""
+    nothing = SamplingParams(max_tokens=0)
+    return _request(
+        prompt, Options(sampling=nothing, adaptation=adaptation, namespace=namespace, learn=False)
+    )
+
+
+def _request(prompt: Prompt, options: Options) -> GenerateRequest:
     if isinstance(prompt, str):
         field = "prompt"
     else:
         field = "messages" if prompt and isinstance(prompt[0], Message) else "prompt_tokens"
+    given = {name: value for name, value in options.items() if value is not None}
     try:
-        return GenerateRequest.model_validate(
-            {
-                field: prompt,
-                "sampling": sampling or SamplingParams(),
-                "adaptation": adaptation,
-                "namespace": namespace,
-                "learn": learn,
-                "timeout_s": timeout_s,
-                "request_id": request_id,
-            }
-        )
+        return GenerateRequest.model_validate({field: prompt, **given})
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])

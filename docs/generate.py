@@ -40,7 +40,7 @@ _BOUNDS = {
 }
 _PYTHON = {
     "Connecting": ("deploy.client", ["connect", "connect_sync"]),
-    "Clients": ("cluster_router.client", ["ChameleonClient", "SyncChameleonClient"]),
+    "Clients": ("cluster_router.client", ["Options", "ChameleonClient", "SyncChameleonClient"]),
     "Requests": (
         "cluster_router.wire.types",
         ["GenerateRequest", "SamplingParams", "Message"],
@@ -343,8 +343,9 @@ def _signature(function: Any) -> str:
         if one.kind is kinds.keyword_only and not starred:
             parts.append("*")
             starred = True
-        text = f"{one.name}: {one.annotation}"
-        parts.append(text if one.default is None else f"{text} = {one.default}")
+        stars = "**" if one.kind is kinds.var_keyword else ""
+        text = f"{stars}{one.name.lstrip('*')}: {one.annotation}"
+        parts.append(text if one.default is None or stars else f"{text} = {one.default}")
     inside = "".join(f"\n    {part}," for part in parts)
     keyword = "async def" if "async" in function.labels else "def"
     return f"{keyword} {function.name}({inside}\n) -> {function.returns}"

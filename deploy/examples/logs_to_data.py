@@ -2,9 +2,9 @@
 
 python deploy/examples/logs_to_data.py logs.jsonl data --domain team --source conversation
 
-Each exchange of a user's turn and the answer to it becomes a document. Both options name fields of a
-log: the one whose value is the document's domain, and the one by which documents of a kind stay in
-one split (a conversation, a customer).
+Each exchange of a user's turn and the answer to it becomes a document. Both options name fields of
+a log: the one whose value is the document's domain, and the one by which documents stay together
+when they are divided into splits (a conversation, a customer).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ SEPARATOR = "\n\nAnswer:\n"
 def documents(log: dict[str, Any]) -> Iterator[str]:
     """Every question with its answer."""
     turns = [turn for turn in log["messages"] if isinstance(turn.get("content"), str)]
-    for asked, answered in zip(turns, turns[1:], strict=False):
+    for asked, answered in pairwise(turns):
         if (asked["role"], answered["role"]) == ("user", "assistant"):
             yield f"{asked['content'].strip()}{SEPARATOR}{answered['content'].strip()}"
 

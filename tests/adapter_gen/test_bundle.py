@@ -78,7 +78,6 @@ def test_optional_parts_may_be_absent(make_bundle: MakeBundle, tmp_path: Path) -
     loaded = Bundle.load(tmp_path / "bundle", None)
     assert loaded.token_weights is None
     assert loaded.evaluation is None
-    assert "without an evaluation" in (tmp_path / "bundle" / "README.md").read_text()
 
 
 def test_key_names_content(make_bundle: MakeBundle) -> None:
