@@ -99,3 +99,19 @@ def test_kmeans_is_a_function_of_its_seed() -> None:
 def test_kmeans_refuses_more_clusters_than_points(k: int) -> None:
     with pytest.raises(ConfigError, match="embeddings"):
         spherical_kmeans(np.eye(4, dtype=np.float32), k, seed=0)
+
+
+def test_bytes_propose_for_few_queries_and_change_no_answer() -> None:
+    rng = np.random.default_rng(7)
+    topics = unit(rng, 40, 48)
+    centroids = topics[rng.integers(40, size=5000)] + 0.05 * rng.normal(size=(5000, 48))
+    centroids = (centroids / np.linalg.norm(centroids, axis=1, keepdims=True)).astype(np.float32)
+    queries = centroids[::50] + 0.02 * rng.normal(size=(100, 48)).astype(np.float32)
+    index = FaissIndex(centroids, "cpu")
+    assert index._bytes is not None
+    assert FaissIndex(centroids[:100], "cpu")._bytes is None
+    together = index.search(queries, 1)  # by FAISS's exact search
+    assert np.array_equal(together[1][:, 0], (queries @ centroids.T).argmax(1))
+    alone = [index.search(query[None], 1) for query in queries]
+    assert np.array_equal(together[0], np.concatenate([one[0] for one in alone]))
+    assert np.array_equal(together[1], np.concatenate([one[1] for one in alone]))
