@@ -35,7 +35,7 @@ class _Clusters:
         large = self.snapshot.sizes >= self.described_from
         missing = [row for row in rows if large[row] and row not in self.words]
         if missing:
-            directions = self.snapshot.centroids[missing] - self.snapshot.mean
+            directions = self.snapshot.directions[missing]
             self.words.update(zip(missing, self.describe(directions), strict=True))
         return [self.words.get(row, ()) for row in rows]
 
@@ -106,7 +106,8 @@ class Assigner:
             return Assignment(key=None, snapshot_version=clusters.snapshot.version)
         if mode != "auto":
             return self._adapted(clusters.snapshot, _row(clusters.snapshot, mode), None)
-        similarities, rows = clusters.index.search(embedding[None], 1)
+        seen = clusters.snapshot.project(embedding)
+        similarities, rows = clusters.index.search(seen[None], 1)
         similarity = float(similarities[0, 0]) if similarities.size else None
         if similarity is None or similarity < clusters.snapshot.threshold:
             return self._static(clusters.snapshot, similarity)

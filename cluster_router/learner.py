@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cluster_router.learning.centring import measure_reach, move_origin
 from cluster_router.learning.config import LearnerConfig
-from cluster_router.learning.restructure import Fit, restructure
+from cluster_router.learning.restructure import NO_THRESHOLD, Fit, restructure
 from cluster_router.learning.structure import nearest
-from cluster_router.learning.table import UNPUBLISHED, ClusterTable, condition, unit
+from cluster_router.learning.table import UNPUBLISHED, ClusterTable, condition
 from cluster_router.learning.window import Window
 from cluster_router.wire.errors import BundleError, RequestError
-from cluster_router.wire.snapshot import ClusterSnapshot
+from cluster_router.wire.snapshot import ClusterSnapshot, project, unit
 from cluster_router.wire.types import FloatArray
 
 State = Mapping[str, NDArray[Any]]
@@ -50,6 +51,7 @@ class CentroidLearner:
         self._config = config or LearnerConfig()
         self._snapshot = start
         self._table = ClusterTable.of(start, self._config.memory, first_id)
+        self._centre = start.centre
         self._mean = start.mean.copy()
         self._mean_weight = int(start.sizes.sum())
         self._fit = Fit(start.threshold, spread=0.0)
@@ -105,16 +107,21 @@ class CentroidLearner:
         To be asked for right after `snapshot`, before more is learned.
         """
         assert self._clock == self._published_at, "ask for the state right after snapshot()"
-        rows = {name: getattr(self._table, name).copy() for name in _ROWS}
+        rows = {name: getattr(self._table, name).copy() for name in self._rows}
         scalars = (self._clock, self._table.next_id, self._fit.spread)
         return rows | {
             name: np.array([value]) for name, value in zip(_SCALARS, scalars, strict=True)
         }
 
+    @property
+    def _rows(self) -> tuple[str, ...]:
+        """Columns of the table that no snapshot shows."""
+        return _ROWS if self._centre is None else (*_ROWS, "reach")
+
     def _restore(self, state: State) -> None:
-        if missing := {*_ROWS, *_SCALARS} - set(state):
+        if missing := {*self._rows, *_SCALARS} - set(state):
             raise BundleError(f"learner state: {sorted(missing)[0]} is missing")
-        for name in _ROWS:
+        for name in self._rows:
             current, stored = getattr(self._table, name), np.array(state[name])
             if stored.shape != current.shape or stored.dtype != current.dtype:
                 raise BundleError(f"learner state: {name} does not fit the snapshot")
@@ -130,16 +137,26 @@ class CentroidLearner:
         self._mean += np.float32(len(batch) / self._mean_weight) * (batch.mean(0) - self._mean)
         self._window.add(batch)
         if len(self._table):
-            self._move(batch)
+            self._move(project(batch, self._centre))
         # A new stream is looked at sooner: whenever it has grown by half.
         due = min(self._config.interval, max(_BATCH, self._restructured_at // 2))
         if self._clock - self._restructured_at >= due:
             self._restructured_at = self._clock
-            window = self._window.embeddings()
-            self._fit = restructure(self._table, window, self._fit, self._clock, self._config)
+            self._restructure(self._window.embeddings())
+
+    def _restructure(self, window: FloatArray) -> None:
+        table, after = self._table, self._config.centre_after
+        if self._centre is None and after is not None and self._clock >= after:
+            self._centre = _frozen(self._mean)
+            move_origin(table, window, self._fit.threshold, self._centre)
+            self._fit = Fit(NO_THRESHOLD, spread=0.0)
+        points = project(window, self._centre)
+        self._fit = restructure(table, points, self._fit, self._clock, self._config)
+        if self._centre is not None:
+            measure_reach(table, window, self._centre)
 
     def _move(self, batch: FloatArray) -> None:
-        """Move each centroid towards its new members."""
+        """Move each centroid towards its new members in `batch`, as seen from the centre."""
         table = self._table
         similarities, rows = nearest(batch, table.centroids)
         inside = similarities >= self._fit.threshold
@@ -157,7 +174,9 @@ class CentroidLearner:
         table.versions[moved] = version
         table.anchors[moved] = table.centroids[moved]
         table.support[moved] = table.counts[moved]
-        table.conditioning[moved] = condition(table.centroids[moved])
+        table.conditioning[moved] = condition(
+            table.centroids[moved], self._centre, table.reach[moved]
+        )
         return ClusterSnapshot(
             version=version,
             ids=_frozen(table.ids),
@@ -167,6 +186,7 @@ class CentroidLearner:
             conditioning=_frozen(table.conditioning),
             mean=_frozen(self._mean),
             threshold=self._fit.threshold,
+            centre=self._centre,
         )
 
     def _moved(self) -> NDArray[np.bool_]:

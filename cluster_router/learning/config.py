@@ -25,6 +25,8 @@ class LearnerConfig(BaseModel):
             mean cosine distance between prompts and their centroids.
         growth: factor by which a cluster's support may grow before its update is generated anew.
         settled: support from which growth no longer changes an update enough to matter.
+        centre_after: prompts after which embeddings are compared as they differ from the mean of
+            all traffic, which tells topics apart better; None: never.
         threshold_percentile: percentage of assigned traffic that the similarity threshold cuts off.
     """
 
@@ -39,9 +41,10 @@ class LearnerConfig(BaseModel):
     merge_loss: Annotated[float, Field(ge=0, lt=1)] = 0.0003
     idle: Annotated[int, Field(gt=0)] = 16_384
     drift: Annotated[float, Field(gt=0)] = 0.4
-    growth: Annotated[float, Field(gt=1)] = 4.0
+    growth: Annotated[float, Field(gt=1)] = 6.0
     settled: Annotated[int, Field(ge=0)] = 100
-    threshold_percentile: Annotated[float, Field(ge=0, lt=50)] = 1.0
+    centre_after: Annotated[int, Field(gt=0)] | None = 512
+    threshold_percentile: Annotated[float, Field(ge=0, lt=50)] = 0.5
 
     @model_validator(mode="after")
     def _consistent(self) -> LearnerConfig:

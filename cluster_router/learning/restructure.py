@@ -8,12 +8,14 @@ import numpy as np
 
 from cluster_router.learning.config import LearnerConfig
 from cluster_router.learning.structure import OUTSIDE, Split, View, bisect, cheapest_merge, densest
-from cluster_router.learning.table import ClusterTable, unit
+from cluster_router.learning.table import ClusterTable
+from cluster_router.wire.snapshot import unit
 from cluster_router.wire.types import FloatArray
 
 _REPLACE = 2.0  # at the limit, a newcomer must gain this many times what making room loses
 _THRESHOLD_RATE = 0.1  # so slow that novel traffic is spawned before the threshold lets it in
-_NO_THRESHOLD = -1.0
+NO_THRESHOLD = -1.0
+"""Threshold of a fit that is still to be found: every prompt belongs to its nearest cluster."""
 
 
 @dataclass(frozen=True)
@@ -37,12 +39,12 @@ def restructure(
     threshold = fit.threshold
     if len(table) == 0:
         table.append(unit(window.sum(0)), min(len(window), config.memory), now)
-        threshold = _NO_THRESHOLD
+        threshold = NO_THRESHOLD
     for step in (_Round.spawn, _Round.merge, _Round.split, _Round.settle):
         step(_Round(table, config, now, View.of(window, table.centroids, threshold), threshold))
     view = View.of(window, table.centroids, threshold)
     estimate = float(np.percentile(view.similarities, config.threshold_percentile))
-    rate = 1.0 if threshold == _NO_THRESHOLD else _THRESHOLD_RATE
+    rate = 1.0 if threshold == NO_THRESHOLD else _THRESHOLD_RATE
     inside = view.similarities[view.rows != OUTSIDE]
     spread = 1.0 - float(inside.mean()) if len(inside) else fit.spread
     return Fit(threshold + rate * (estimate - threshold), spread)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from cluster_router.learning.table import unit
+from cluster_router.wire.snapshot import unit
 from cluster_router.wire.types import FloatArray
 
 IntArray = NDArray[np.int64]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 from numpy.typing import NDArray
 
-from cluster_router.wire.snapshot import ClusterSnapshot
+from cluster_router.wire.snapshot import ClusterSnapshot, unit
 from cluster_router.wire.types import FloatArray
 
 IntArray = NDArray[np.int64]
@@ -29,6 +29,8 @@ class ClusterTable:
         anchors: float32 [K, d], centroid at that version.
         support: int64 [K], `counts` at that version.
         conditioning: float32 [K, c], what the hypernetwork is given for that version.
+        reach: float32 [K], how far along its centroid a cluster's mean prompt is from the centre;
+            zero where it is not known, and where there is no centre.
         next_id: id of the next new cluster. It only grows, so no id comes back.
     """
 
@@ -41,6 +43,7 @@ class ClusterTable:
     anchors: FloatArray
     support: IntArray
     conditioning: FloatArray
+    reach: FloatArray
     next_id: int
 
     @classmethod
@@ -59,6 +62,7 @@ class ClusterTable:
             anchors=unit(snapshot.centroids),
             support=snapshot.sizes.copy(),
             conditioning=snapshot.conditioning.copy(),
+            reach=np.zeros(len(snapshot), np.float32),
             next_id=max(first_id, int(snapshot.ids.max(initial=-1)) + 1),
         )
 
@@ -82,7 +86,8 @@ class ClusterTable:
         self.versions = np.append(self.versions, np.int64(UNPUBLISHED))
         self.anchors = np.vstack([self.anchors, centroid])
         self.support = np.append(self.support, np.int64(weight))
-        self.conditioning = np.vstack([self.conditioning, condition(centroid[None])])
+        self.conditioning = np.vstack([self.conditioning, centroid])
+        self.reach = np.append(self.reach, np.float32(0))
         self.next_id += 1
 
     def fold(self, row: int, into: int) -> None:
@@ -95,13 +100,9 @@ class ClusterTable:
         self.seen[into] = self.seen[pair].max()
 
 
-def condition(centroids: FloatArray) -> FloatArray:
-    """What the hypernetwork is given for clusters around `centroids` [K, d]: the centroids."""
-    return centroids.copy()
+def condition(centroids: FloatArray, centre: FloatArray | None, reach: FloatArray) -> FloatArray:
+    """What the hypernetwork is given for clusters: their mean prompt [K, d], at unit length.
 
-
-def unit(vectors: FloatArray) -> FloatArray:
-    """`vectors` [..., d] scaled to unit length; zeros stay zeros."""
-    norms = np.linalg.norm(vectors, axis=-1, keepdims=True)
-    scaled = vectors / np.maximum(norms, np.finfo(np.float32).tiny)
-    return np.asarray(scaled, np.float32)
+    Seen from a centre that is as far as `reach` [K] from it, along the centroid.
+    """
+    return centroids.copy() if centre is None else unit(centre + reach[:, None] * centroids)

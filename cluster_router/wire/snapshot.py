@@ -28,6 +28,8 @@ class ClusterSnapshot:
         conditioning: float32 [K, c], what the hypernetwork is given.
         mean: float32 [d], mean embedding of all traffic (not unit length).
         threshold: cosine under which a prompt belongs to no cluster.
+        centre: float32 [d], the point from which embeddings are looked at, None for the origin.
+            Centroids and threshold are of what `project` makes of embeddings.
     """
 
     version: int
@@ -38,11 +40,14 @@ class ClusterSnapshot:
     conditioning: FloatArray
     mean: FloatArray
     threshold: float
+    centre: FloatArray | None = None
 
     def __post_init__(self) -> None:
         count, dim = self.centroids.shape if self.centroids.ndim == 2 else (-1, -1)
         if count < 0 or self.mean.shape != (dim,):
             raise BundleError("snapshot: centroids must be [K, d] and mean [d]")
+        if self.centre is not None and self.centre.shape != (dim,):
+            raise BundleError("snapshot: centre must be [d]")
         for name in ("ids", "sizes", "versions"):
             if getattr(self, name).shape != (count,):
                 raise BundleError(
@@ -52,8 +57,9 @@ class ClusterSnapshot:
             raise BundleError(f"snapshot: conditioning must be [{count}, c]")
         if len(set(self.ids.tolist())) != count:
             raise BundleError("snapshot: cluster ids repeat")
-        for name in ("centroids", "conditioning", "mean"):
-            if not np.isfinite(getattr(self, name)).all():
+        for name in ("centroids", "conditioning", "mean", "centre"):
+            values = getattr(self, name)
+            if values is not None and not np.isfinite(values).all():
                 raise BundleError(f"snapshot: {name} holds NaN or infinity")
         if count and np.abs(np.linalg.norm(self.centroids, axis=1) - 1).max() > 1e-3:
             raise BundleError("snapshot: centroids must have unit length")
@@ -73,6 +79,15 @@ class ClusterSnapshot:
         """Embedding size d."""
         return int(self.centroids.shape[1])
 
+    @property
+    def directions(self) -> FloatArray:
+        """How each cluster differs from all traffic, float32 [K, d]."""
+        return self.centroids - self.mean if self.centre is None else self.centroids
+
+    def project(self, embeddings: FloatArray) -> FloatArray:
+        """Unit embeddings [..., d] as they are compared with the centroids, of unit length too."""
+        return project(embeddings, self.centre)
+
     def row(self, cluster: int) -> int | None:
         """Row of the cluster named `cluster`, None if there is none."""
         rows = np.flatnonzero(self.ids == cluster)
@@ -83,8 +98,8 @@ class ClusterSnapshot:
         return Conditioning(vector=self.conditioning[row], support=float(self.sizes[row]))
 
     def arrays(self) -> dict[str, NDArray[Any]]:
-        """Every field as an array, for a safetensors file."""
-        return {
+        """Every field that is not None as an array, for a safetensors file."""
+        arrays: dict[str, NDArray[Any]] = {
             "version": np.array([self.version], np.int64),
             "ids": self.ids,
             "centroids": self.centroids,
@@ -94,6 +109,7 @@ class ClusterSnapshot:
             "mean": self.mean,
             "threshold": np.array([self.threshold], np.float32),
         }
+        return arrays if self.centre is None else arrays | {"centre": self.centre}
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, NDArray[Any]]) -> ClusterSnapshot:
@@ -103,8 +119,26 @@ class ClusterSnapshot:
             BundleError: a field is missing, misshapen or not finite.
         """
         try:
-            fields = {name: arrays[name] for name in cls.__dataclass_fields__}
+            names = cls.__dataclass_fields__.keys() - {"centre"}
+            fields = {name: arrays[name] for name in names}
         except KeyError as missing:
             raise BundleError(f"snapshot: field {missing} is missing") from None
         version, threshold = fields.pop("version"), fields.pop("threshold")
-        return cls(version=int(version[0]), threshold=float(threshold[0]), **fields)
+        return cls(
+            version=int(version[0]),
+            threshold=float(threshold[0]),
+            centre=arrays.get("centre"),
+            **fields,
+        )
+
+
+def project(embeddings: FloatArray, centre: FloatArray | None) -> FloatArray:
+    """Unit embeddings [..., d] as seen from `centre` [d]; as they are where it is None."""
+    return embeddings if centre is None else unit(embeddings - centre)
+
+
+def unit(vectors: FloatArray) -> FloatArray:
+    """`vectors` [..., d] scaled to unit length; zeros stay zeros."""
+    norms = np.linalg.norm(vectors, axis=-1, keepdims=True)
+    scaled = vectors / np.maximum(norms, np.finfo(np.float32).tiny)
+    return np.asarray(scaled, np.float32)

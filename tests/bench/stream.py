@@ -33,6 +33,7 @@ from training.config import ClusterSettings
 
 Floats = NDArray[np.float32]
 Labels = NDArray[np.int64]
+OFFLINE = "offline k-means"
 RECENT = 1000  # requests over which a cluster's present members are counted
 
 
@@ -53,7 +54,7 @@ def replay(start: ClusterSnapshot, rows: Floats, every: int) -> Replay:
     for at in range(0, len(rows), every):
         batch = rows[at : at + every]
         if len(snapshot):
-            similarity = batch @ snapshot.centroids.T
+            similarity = snapshot.project(batch) @ snapshot.centroids.T
             inside = similarity.max(1) >= snapshot.threshold
             result.labels[at : at + every] = np.where(
                 inside, snapshot.ids[similarity.argmax(1)], peers.NONE
@@ -131,9 +132,11 @@ def run(documents: Documents, plan: Plan, args: argparse.Namespace) -> dict[str,
     cold = replay(ClusterSnapshot.empty(bundle.dim), rows, args.every)
     limit = LearnerConfig().max_clusters
     count = round(float(np.mean(warm.clusters)))
+    reference = peers.offline(rows, count, plan.seed)
+    centred = peers.centred(rows, bundle.mean)
     table = {
-        f"offline k-means, {k} clusters": score(peers.offline(rows, k, plan.seed), domains)
-        for k in sorted({len(np.unique(domains)), count})
+        OFFLINE: score(reference, domains),
+        f"{OFFLINE}, centred": score(peers.offline(centred, count, plan.seed), domains),
     }
     table["ours, from a bundle"] = score(warm.labels, domains)
     table["ours, from nothing"] = score(cold.labels, domains)
@@ -143,15 +146,13 @@ def run(documents: Documents, plan: Plan, args: argparse.Namespace) -> dict[str,
         for name, begin in (("from a bundle", bundle.centroids), ("from nothing", None)):
             labels = peers.mini_batch_kmeans(rows, limit, begin, args.every)
             table[f"MiniBatchKMeans, {name}"] = score(labels, domains)
-        table["Birch, labelled at the end"] = score(peers.birch(rows, limit, args.every), domains)
-    prefixes = {}
-    if args.river_seconds and available("river"):
-        for name, make in peers.river_models(limit).items():
-            labels = peers.river(make, rows, args.river_seconds)
-            ours = score(cold.labels[: len(labels)], domains)
-            prefixes[name] = {**score(labels, domains), "ours_from_nothing_nmi": ours["nmi"]}
+        start = peers.centred(bundle.centroids, bundle.mean)
+        labels = peers.mini_batch_kmeans(centred, limit, start, args.every)
+        table["MiniBatchKMeans, from a bundle, centred"] = score(labels, domains)
+        if args.birch:
+            labels = peers.birch(rows, limit, args.every)
+            table["Birch, all labelled at the end"] = score(labels, domains)
     late = int(plan.steady_from * plan.requests)
-    reference = peers.offline(rows, count, plan.seed)
     return {
         "plan": asdict(plan),
         "table": table,
@@ -159,10 +160,31 @@ def run(documents: Documents, plan: Plan, args: argparse.Namespace) -> dict[str,
             "ours": score(warm.labels[late:], domains[late:])["nmi"],
             "offline": score(reference[late:], domains[late:])["nmi"],
         },
-        "river": prefixes,
+        "river": river(documents, order, plan, args) if args.river_seconds else {},
         "reaction": reaction(warm, domains, plan, args.every),
         "timeline": {"every": args.every, "clusters": warm.clusters, "cold": cold.clusters},
     }
+
+
+def river(
+    documents: Documents, order: NDArray[np.int64], plan: Plan, args: argparse.Namespace
+) -> dict[str, Any]:
+    """River's clusterers beside ours from nothing, on few principal dimensions.
+
+    River is plain Python: on all dimensions it gets through a few hundred requests.
+    """
+    if not available("river"):
+        return {}
+    known = documents.embeddings[~documents.streamed & (documents.domains != plan.novel_domain)]
+    rows = peers.principal(documents.embeddings[order], known, args.river_dim)
+    domains = documents.domains[order]
+    ours = replay(ClusterSnapshot.empty(args.river_dim), rows, args.every)
+    found = {}
+    for name, make in peers.river_models(LearnerConfig().max_clusters).items():
+        labels = peers.river(make, rows, args.river_seconds)
+        same = score(ours.labels[: len(labels)], domains)
+        found[name] = {**score(labels, domains), "ours_nmi": same["nmi"]}
+    return found
 
 
 def reaction(warm: Replay, domains: NDArray[np.str_], plan: Plan, every: int) -> dict[str, Any]:
@@ -189,12 +211,34 @@ def reaction(warm: Replay, domains: NDArray[np.str_], plan: Plan, every: int) ->
     }
 
 
+def summary(runs: list[dict[str, Any]]) -> list[str]:
+    """Each aim's figure in every run."""
+
+    def share(result: dict[str, Any], name: str, value: str) -> float:
+        return float(result["table"][name][value] / result["table"][OFFLINE][value])
+
+    rows = {
+        f"{name}: {value} of offline's": [share(result, name, value) for result in runs]
+        for name in runs[0]["table"]
+        if name != OFFLINE
+        for value in ("nmi", "purity")
+    }
+    for name in ("settled_after", "clusters_most", "regenerated_share_of_clusters"):
+        rows[name] = [result["reaction"][name] for result in runs]
+    heads = [f"{r['plan']['novel_domain']}, seed {r['plan']['seed']}" for r in runs]
+    return [
+        f"| | {' | '.join(heads)} |\n| --- |{' --- |' * len(runs)}",
+        *(f"| {name} | {' | '.join(f'{v:.3g}' for v in row)} |" for name, row in rows.items()),
+    ]
+
+
 def markdown(report: dict[str, Any]) -> str:
     """The report as tables."""
     lines = [f"# Stream bench, {report['weights']} token weights, one thread\n"]
+    lines += summary(report["runs"])
     for result in report["runs"]:
         plan, table = result["plan"], result["table"]
-        best = max(row["nmi"] for name, row in table.items() if name.startswith("offline"))
+        best = table[OFFLINE]["nmi"]
         lines += [
             f"\n## Novel domain {plan['novel_domain']}, {plan['requests']} requests, "
             f"seed {plan['seed']}\n",
@@ -212,12 +256,12 @@ def markdown(report: dict[str, Any]) -> str:
         )
         if result["river"]:
             lines.append(
-                "\n| river, in limited time | requests | NMI | ours from nothing, same "
-                "requests |\n| --- | --- | --- | --- |"
+                "\n| river, few dimensions | requests | labels | NMI | ours from nothing, same "
+                "rows |\n| --- | --- | --- | --- | --- |"
             )
         lines += [
-            f"| {name} | {row['requests']} | {row['nmi']:.3f} "
-            f"| {row['ours_from_nothing_nmi']:.3f} |"
+            f"| {name} | {row['requests']} | {row['clusters']} | {row['nmi']:.3f} "
+            f"| {row['ours_nmi']:.3f} |"
             for name, row in result["river"].items()
         ]
         lines += [
@@ -279,8 +323,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--every", type=int, default=100, help="requests between publications")
     parser.add_argument("--clusters", type=int, default=48, help="clusters of the bundle")
     parser.add_argument("--novel", nargs="+", default=["pubmed", "math_problems", "sql"])
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--seeds", nargs="+", type=int, default=[0, 1, 2], help="one a novel domain"
+    )
+    parser.add_argument("--birch", action="store_true", help="Birch too: slow, labels in hindsight")
     parser.add_argument("--river-seconds", type=float, default=20, help="for each model; 0: none")
+    parser.add_argument("--river-dim", type=int, default=32)
     parser.add_argument("--scale", nargs="*", type=int, default=[1_000, 10_000, 100_000])
     return parser.parse_args()
 
@@ -292,12 +340,14 @@ def main() -> None:
     documents = load_documents(args.data, args.weights)
     report: dict[str, Any] = {"weights": args.weights, "config": LearnerConfig().model_dump()}
     report["runs"] = []
-    for novel in args.novel:
-        report["runs"].append(run(documents, Plan(args.requests, novel, args.seed), args))
+    for place, novel in enumerate(args.novel):
+        seed = args.seeds[place % len(args.seeds)]
+        report["runs"].append(run(documents, Plan(args.requests, novel, seed), args))
         args.river_seconds = 0  # once is enough
     if args.scale:
-        bundle = starting_snapshot(documents, "", args.clusters, args.seed)
-        rows = documents.embeddings[make_stream(documents, Plan(8_000, args.novel[0], args.seed))]
+        bundle = starting_snapshot(documents, "", args.clusters, args.seeds[0])
+        plan = Plan(8_000, args.novel[0], args.seeds[0])
+        rows = documents.embeddings[make_stream(documents, plan)]
         dim = bundle.dim
         report["learner_per_s"] = {
             f"calls of {b}": round(scale.learner_rate(bundle, rows, b)) for b in (1, 32, 256)

@@ -23,10 +23,24 @@ def offline(rows: Floats, count: int, seed: int) -> Labels:
     return np.asarray((rows @ spherical_kmeans(rows, count, seed, "cpu").T).argmax(1))
 
 
+def centred(rows: Floats, mean: Floats) -> Floats:
+    """`rows` as they differ from `mean`, at unit length."""
+    away = rows - mean
+    return np.asarray(away / np.linalg.norm(away, axis=1, keepdims=True), np.float32)
+
+
+def principal(rows: Floats, known: Floats, dim: int) -> Floats:
+    """`rows` in the first `dim` principal directions of `known`, at unit length."""
+    mean = known.mean(0)
+    _, _, directions = np.linalg.svd(known - mean, full_matrices=False)
+    found = (rows - mean) @ directions[:dim].T
+    return np.asarray(found / np.linalg.norm(found, axis=1, keepdims=True), np.float32)
+
+
 def mini_batch_kmeans(rows: Floats, count: int, start: Floats | None, batch: int) -> Labels:
     """scikit-learn's MiniBatchKMeans; each batch is labelled before it is learned."""
     cluster = importlib.import_module("sklearn.cluster")
-    begin = rows[:count] if start is None else start
+    begin = rows[:count] if start is None else np.vstack([start, rows[: count - len(start)]])
     model = cluster.MiniBatchKMeans(len(begin), init=begin, n_init=1, random_state=0)
     model.partial_fit(begin)  # its first call needs as many rows as there are clusters
     labels = np.full(len(rows), NONE)

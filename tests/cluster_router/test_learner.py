@@ -14,7 +14,16 @@ from cluster_router.wire.errors import BundleError, RequestError
 from cluster_router.wire.snapshot import ClusterSnapshot
 
 DIM = 32
-CONFIG = LearnerConfig(window=512, interval=64, memory=100, idle=1500, split_gain=0.05)
+CONFIG = LearnerConfig(
+    window=512,
+    interval=64,
+    memory=100,
+    idle=1500,
+    split_gain=0.05,
+    growth=4,
+    centre_after=None,
+    threshold_percentile=1,
+)
 
 
 def topic(number: int, count: int, seed: int = 0, spread: float = 0.05) -> np.ndarray:

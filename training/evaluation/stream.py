@@ -258,29 +258,32 @@ class _Planner:
         learned.update(members)
         prompts = members[-self._settings.buffer :]
         if self._settings.borrow and len(prompts) < self._settings.buffer:
-            borrowed = self._nearest(snapshot.centroids[row], time, members)
+            borrowed = self._nearest(snapshot, row, time, members)
             prompts = tuple(sorted((*prompts, *borrowed[: self._settings.buffer - len(prompts)])))
         conditioning = snapshot.conditioning_of(row)
         return Refinement(cluster, prompts, len(learned), conditioning, before)
 
-    def _nearest(self, centroid: FloatArray, time: int, members: tuple[int, ...]) -> list[int]:
-        """Arrivals before `time` that are not among `members`, most like the centroid first.
+    def _nearest(
+        self, snapshot: ClusterSnapshot, row: int, time: int, members: tuple[int, ...]
+    ) -> list[int]:
+        """Arrivals before `time` that are not among `members`, most like the cluster first.
 
         In the control of a random partition, in random order.
         """
         if self._labels is None:
-            order = np.argsort(-(self._arrivals.embeddings[:time] @ centroid), kind="stable")
+            earlier = snapshot.project(self._arrivals.embeddings[:time])
+            order = np.argsort(-(earlier @ snapshot.centroids[row]), kind="stable")
         else:
             order = np.random.default_rng([time, len(members)]).permutation(time)
         own = set(members)
-        return [int(earlier) for earlier in order if int(earlier) not in own]
+        return [int(place) for place in order if int(place) not in own]
 
 
 def _assign(embeddings: FloatArray, snapshot: ClusterSnapshot) -> tuple[FloatArray, list[int]]:
     """Similarity to the nearest centroid, and id of that cluster or NOBODY, of each embedding."""
     if len(snapshot) == 0 or len(embeddings) == 0:
         return np.full(len(embeddings), -1, np.float32), [NOBODY] * len(embeddings)
-    similarities, rows = nearest(embeddings, snapshot.centroids)
+    similarities, rows = nearest(snapshot.project(embeddings), snapshot.centroids)
     near = np.where(similarities >= snapshot.threshold, rows, NO_CLUSTER)
     ids = [NOBODY if row == NO_CLUSTER else int(snapshot.ids[row]) for row in near]
     return similarities, ids

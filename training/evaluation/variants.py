@@ -13,7 +13,6 @@ from typing import Protocol
 import numpy as np
 
 from cluster_router.index import FaissIndex
-from cluster_router.learning.table import condition
 from cluster_router.wire.snapshot import ClusterSnapshot
 from cluster_router.wire.types import Conditioning, FloatArray
 from training.clusters import NO_CLUSTER, nearest
@@ -143,7 +142,7 @@ class SnapshotUpdates:
 
     def own(self, index: int) -> Update:
         """Conditioned on this context as if it were a cluster of one."""
-        vector = condition(self._embeddings[index : index + 1])[0]
+        vector = self._embeddings[index]
         return self._refinery.generate(Conditioning(vector=vector, support=1.0))
 
     def merge(self, index: int) -> Update:
