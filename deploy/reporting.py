@@ -43,10 +43,11 @@ class TrafficReporter:
     Args:
         most: namespaces and clusters that get labels of their own, first come, first served: a
             series that Prometheus has seen stays until the process ends. All others share one.
+        meters: what records; None are the table's.
     """
 
-    def __init__(self, most: int) -> None:
-        self._meters = Meters("ClusterRouter")
+    def __init__(self, most: int, meters: Meters | None = None) -> None:
+        self._meters = meters or Meters("ClusterRouter")
         self._most = most
         self._labels: dict[Key, dict[str, str]] = {}
 

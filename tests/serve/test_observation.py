@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
 import time
@@ -14,8 +15,13 @@ import httpx
 import pytest
 import ray
 from prometheus_client.parser import text_string_to_metric_families
+from ray import serve
 
+from deploy.app import build
+from deploy.config import AppConfig
 from deploy.metrics import METRICS
+from training.config import DataSettings
+from training.data import SPLITS, open_reader
 
 pytestmark = pytest.mark.serve
 
@@ -196,3 +202,69 @@ def test_nothing_of_a_prompt_is_written_or_exported(
     for text in (answer["choices"][0]["text"].strip() for answer in answers):
         if len(text) > 12:
             assert [path for path in read if text.encode() in path.read_bytes()] == []
+
+
+@pytest.fixture(scope="module")
+def kept(service, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
+    """An application that logs the requests of one namespace, and estimates the gain on all."""
+    folder = tmp_path_factory.mktemp("requests")
+    config = AppConfig.model_validate(
+        {
+            "engine": {"dtype": "float32", "max_context": 512, "max_sequences": 8},
+            "generator": {"patience_s": 60},
+            "learner": {"enabled": False},
+            "metrics": {"gain_share": 1},
+            "request_log": {"namespaces": ["open"], "uri": str(folder), "interval_s": 0.2},
+        }
+    )
+    serve.run(build(config), name="kept", route_prefix="/kept")
+    yield f"{service.url}/kept", folder
+    serve.delete("kept")
+
+
+def question(place: int) -> str:
+    return (
+        f"SELECT o.id, c.name FROM orders o JOIN customers c ON c.id = o.customer_id "
+        f"WHERE o.total > {place * 7919} AND c.city = 'town{place}' ORDER BY o.created LIMIT"
+    )
+
+
+def test_only_whose_requests_may_be_kept_are_logged_for_training(
+    service, kept: tuple[str, Path], tmp_path: Path
+) -> None:
+    url, folder = kept
+    http = httpx.Client(base_url=url, timeout=120)
+
+    def ask(place: int, **fields: Any) -> str:
+        body = {"model": service.model, "prompt": question(place), "max_tokens": 9} | fields
+        answer = http.post("/v1/completions", json=body).raise_for_status().json()
+        return question(place) + answer["choices"][0]["text"]
+
+    wanted = {ask(place, namespace="open") for place in range(24)}
+    for fields in ({"namespace": "closed"}, {"namespace": "open", "learn": False}, {}):
+        ask(99, **fields)
+    poll(lambda: "town23" in "".join(logged(folder)))
+    assert set(logged(folder)) == wanted
+    assert [path.name for path in folder.iterdir()] == ["open"]
+    reader = open_reader(folder, DataSettings(near_duplicates="keep"), tmp_path)
+    assert reader.domains() == ["open"]
+    read = {one.text for split in SPLITS for one in reader.documents("open", split)}
+    assert read == wanted
+
+
+def logged(folder: Path) -> list[str]:
+    parts = [gzip.decompress(path.read_bytes()) for path in sorted(folder.rglob("*.jsonl.gz"))]
+    return [json.loads(line)["text"] for part in parts for line in part.splitlines()]
+
+
+def test_live_traffic_tells_what_the_updates_are_worth(service, kept: tuple[str, Path]) -> None:
+    estimates = "ray_chameleon_conditioning_gain_estimates_total"
+    poll(lambda: value(estimates, application="kept", namespace="open") >= 3)
+    found = [
+        one.value
+        for one in samples()["ray_chameleon_conditioning_gain_nats"]
+        if one.labels["application"] == "kept"
+    ]
+    assert found and all(0 < abs(gain) < 1 for gain in found)
+    streams = value("ray_chameleon_requests_total", application="kept")
+    assert streams == 27, "scoring is no traffic"
