@@ -18,7 +18,9 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen3Config,
 )
+from typer.testing import CliRunner, Result
 
+from deploy.cli import app
 from deploy.config import SHIPPED
 from lm_workers.models import DEFAULT_MODEL, resolve_model
 
@@ -113,3 +115,17 @@ def default_model() -> Path:
 def bundle_path() -> Path:
     """The shipped bundle of the default model."""
     return SHIPPED / DEFAULT_MODEL
+
+
+@pytest.fixture
+def chameleon(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+    """Runs `chameleon WORDS...` in this process, and fails on anything but an orderly end."""
+    monkeypatch.setenv("TERMINAL_WIDTH", "100")
+    monkeypatch.setenv("COLUMNS", "100")
+
+    def run(*words: object, input: str | None = None) -> Result:
+        result = CliRunner().invoke(app, [str(word) for word in words], input=input)
+        assert result.exception is None or isinstance(result.exception, SystemExit), result
+        return result
+
+    return run

@@ -14,6 +14,7 @@ import typer
 
 from training.terminal import command_line, interruptible, run
 
+_PANEL = "Train"
 app = command_line("Train and measure bundles.")
 
 _DATA_HELP = (
@@ -36,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return run(app, "python -m training", arguments)
 
 
-@app.command()
+@app.command(rich_help_panel=_PANEL)
 def train(
     config: Annotated[Path, typer.Option(help="Settings, YAML.")],
     data: Data,
@@ -71,7 +72,8 @@ def train(
 
 
 @app.command(
-    epilog="Variants are listed, with what they are, in the error that an unknown one gives."
+    rich_help_panel=_PANEL,
+    epilog="Variants are listed in the error that an unknown one gives.",
 )
 def evaluate(
     bundle: Annotated[Path, typer.Option(help="Folder that train wrote.")],
@@ -136,7 +138,7 @@ def evaluate(
         )
 
 
-@app.command("data")
+@app.command("data", rich_help_panel=_PANEL)
 def list_data(
     data: Data,
     config: Annotated[Path | None, typer.Option(help="Settings of the run, YAML.")] = None,
@@ -153,7 +155,7 @@ def list_data(
     typer.echo(describe_data(data, config, licences, tokens, json, cache))
 
 
-@app.command()
+@app.command(rich_help_panel=_PANEL)
 def seeds(
     evaluations: Annotated[list[Path], typer.Argument(help="Folders that evaluate wrote.")],
 ) -> None:
@@ -169,7 +171,7 @@ def seeds(
     typer.echo(compare(evaluations))
 
 
-@app.command()
+@app.command(rich_help_panel=_PANEL)
 def reproduce_paper(
     data: Annotated[Path | None, typer.Option(help="Folder that holds wikitext-2/.")] = None,
     train: Annotated[

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from typing import NoReturn
 
-from deploy.cli import bundle, keys, model, version
+from deploy.cli import bench, bundle, chat, clusters, doctor, keys, model, openapi, serve, version
 from training.cli import app as training_app
 from training.terminal import command_line, run
 
@@ -16,11 +16,20 @@ app = command_line(
     "Serve a language model that adapts to its traffic, and train what adapts it.",
     completion=True,
 )
-app.add_typer(training_app, rich_help_panel="Train")
-app.add_typer(bundle.app, name="bundle", rich_help_panel="Bundles and models")
-app.add_typer(model.app, name="model", rich_help_panel="Bundles and models")
-app.add_typer(keys.app, name="keys", rich_help_panel="Serve")
-app.command(rich_help_panel="This installation")(version.version)
+_SERVE, _CALL = "Serve", "Call a running service"
+_BUNDLES, _HERE = "Bundles and models", "This installation"
+
+app.command(rich_help_panel=_SERVE)(serve.serve)
+app.add_typer(keys.app, name="keys", rich_help_panel=_SERVE)
+app.command(rich_help_panel=_CALL)(chat.chat)
+app.command(rich_help_panel=_CALL)(clusters.clusters)
+app.command(rich_help_panel=_CALL)(bench.bench)
+app.add_typer(training_app)
+app.add_typer(bundle.app, name="bundle", rich_help_panel=_BUNDLES)
+app.add_typer(model.app, name="model", rich_help_panel=_BUNDLES)
+app.command(rich_help_panel=_HERE)(doctor.doctor)
+app.command(rich_help_panel=_HERE)(openapi.openapi)
+app.command(rich_help_panel=_HERE)(version.version)
 
 
 def main() -> NoReturn:

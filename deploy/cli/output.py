@@ -27,7 +27,7 @@ def table(
     made = Table(title=title, title_justify="left", header_style="bold", box=None, pad_edge=False)
     for place, head in enumerate(heads):
         numbers = all(_is_number(row[place].plain) for row in filled)
-        made.add_column(head, justify="right" if numbers and filled else "left")
+        made.add_column(head, justify="right" if numbers and filled else "left", overflow="fold")
     for row in filled:
         made.add_row(*row)
     return made

