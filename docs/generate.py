@@ -5,6 +5,7 @@ Each says so on top; a test compares them with what this script would write.
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections.abc import Iterator, Mapping
@@ -12,14 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import griffe
+import typer
 from pydantic import BaseModel
+from typer.cli import get_docs_for_click
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from adapter_gen.hypernetwork import MemoryConfig  # noqa: E402
-from cluster_router.http import build_app  # noqa: E402
 from cluster_router.wire import errors  # noqa: E402
+from deploy.cli import app  # noqa: E402
+from deploy.cli.openapi import schema  # noqa: E402
 from deploy.config import AppConfig  # noqa: E402
 from deploy.metrics import METRICS  # noqa: E402
 from training.config import TrainSettings  # noqa: E402
@@ -58,6 +62,7 @@ def pages() -> dict[str, str]:
 
 
 def _pages() -> dict[str, str]:
+    api = schema()
     return {
         "settings.md": settings_page(
             "Settings",
@@ -83,11 +88,21 @@ def _pages() -> dict[str, str]:
             "training/evaluation/settings.py",
             EvaluateSettings(),
         ),
-        "http.md": http_page(build_app(_no_service, _ready).openapi()),
+        "http.md": http_page(api),
         "errors.md": errors_page(),
         "metrics.md": metrics_page(),
         "python.md": python_page(),
+        "cli.md": cli_page(),
+        "openapi.json": json.dumps(api, indent=2, ensure_ascii=False) + "\n",
     }
+
+
+def cli_page() -> str:
+    """Every command of `chameleon` with its options, as its --help has them."""
+    command = typer.main.get_command(app)
+    context = typer.Context(command, info_name="chameleon")
+    text = get_docs_for_click(obj=command, ctx=context, name="chameleon", title="Command line")
+    return _MADE.format(source="deploy/cli and training/cli.py") + text.strip() + "\n"
 
 
 def settings_page(title: str, intro: str, source: str, defaults: BaseModel) -> str:
@@ -359,14 +374,6 @@ def _prose(text: str) -> str:
 
 def _item(match: re.Match[str]) -> str:
     return "- " + " ".join(match[1].split())
-
-
-def _no_service() -> Any:
-    raise AssertionError("only the schema is asked for")
-
-
-async def _ready() -> str | None:
-    return None
 
 
 def main() -> None:

@@ -18,12 +18,12 @@ _PANEL = "Train"
 app = command_line("Train and measure bundles.")
 
 _DATA_HELP = (
-    "Folder of text by domain (<domain>.<split>.jsonl.gz, <domain>.jsonl, <domain>.parquet, "
-    "<domain>/*.txt), or hub:<organisation>/<dataset>, with :<configuration> where it has several."
+    "Folder of text by domain (DOMAIN.SPLIT.jsonl.gz, DOMAIN.jsonl, DOMAIN.parquet, "
+    "DOMAIN/*.txt), or hub:ORGANISATION/DATASET, with :CONFIGURATION where it has several."
 )
 _LICENCES_HELP = (
     "YAML file of the source and licence of each domain, for the model card: "
-    "<domain>: {source, licence, note}."
+    "DOMAIN: {source, licence, note}."
 )
 _CACHE_HELP = "Where computed features are kept (default: features/ in this user's cache)."
 
@@ -79,7 +79,7 @@ def evaluate(
     bundle: Annotated[Path, typer.Option(help="Folder that train wrote.")],
     data: Data,
     out: Annotated[
-        Path | None, typer.Option(help="Folder to write (default: <bundle>-evaluation).")
+        Path | None, typer.Option(help="Folder to write (default: BUNDLE-evaluation).")
     ] = None,
     settings: Annotated[Path | None, typer.Option(help="Settings of the evaluation, YAML.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Few documents, cheap variants.")] = False,
@@ -175,7 +175,7 @@ def seeds(
 def reproduce_paper(
     data: Annotated[Path | None, typer.Option(help="Folder that holds wikitext-2/.")] = None,
     train: Annotated[
-        Path | None, typer.Option(help="Text file, folder or <domain>.train.jsonl.gz.")
+        Path | None, typer.Option(help="Text file, folder or DOMAIN.train.jsonl.gz.")
     ] = None,
     validation: Annotated[Path | None, typer.Option(help="Text file.")] = None,
     test: Annotated[

@@ -50,11 +50,8 @@ def test_options_replace_the_config() -> None:
     found = read_config(SHIPPED, Overrides("0.0.0.0", 8123, "some-model", "none"))
     assert (found.host, found.port, found.url) == ("0.0.0.0", 8123, "http://127.0.0.1:8123")
     assert found.settings.model == "some-model" and found.settings.bundle is None
-    args = found.document["applications"][0]["args"]
-    assert (
-        args["engine"]
-        == read_config(SHIPPED, Overrides()).document["applications"][0]["args"]["engine"]
-    )
+    shipped = read_config(SHIPPED, Overrides()).settings
+    assert found.settings.engine == shipped.engine, "the rest stays"
 
 
 @pytest.mark.parametrize(
@@ -123,7 +120,11 @@ def test_what_serve_refuses_ends_it(config, tmp_path: Path, tiny_llama: Path) ->
     document["applications"][0]["deployments"] = [{"name": "Wheel", "num_replicas": 1}]
     path.write_text(yaml.safe_dump(document))
     result = subprocess.run(
-        [*SERVE, str(path), "--port", str(free_port())], capture_output=True, text=True, timeout=240
+        [*SERVE, str(path), "--port", str(free_port())],
+        capture_output=True,
+        check=False,
+        text=True,
+        timeout=240,
     )
     assert result.returncode == 1
     assert "the application cannot start" in result.stderr and "Wheel" in result.stderr
