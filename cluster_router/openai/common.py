@@ -107,6 +107,9 @@ class StreamOptions(Strict):
     include_usage: bool | None = Field(
         None, description="Send the token counts in a last chunk with empty choices."
     )
+    continuous_usage_stats: bool | None = Field(
+        None, description="Extension. With `include_usage`: the counts so far in every chunk."
+    )
     include_obfuscation: Annotated[
         bool | None,
         allow(False, None, otherwise="stream_options.include_obfuscation must be false."),

@@ -87,9 +87,8 @@ async def _respond(
         whole = await until_disconnect(request, _whole(answer, chunks))
         return JSONResponse(whole)
     first = await until_disconnect(request, first_of(chunks))
-    options = body.stream_options
-    include_usage = bool(options and options.include_usage)
-    return EventStream(answer, first, chunks, include_usage, request_id_of(request.scope))
+    request_id = request_id_of(request.scope)
+    return EventStream(answer, first, chunks, body.stream_options, request_id)
 
 
 async def _whole(answer: Answer, chunks: AsyncGenerator[Indexed, None]) -> dict[str, Any]:

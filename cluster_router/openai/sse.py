@@ -10,6 +10,7 @@ from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from cluster_router.openai.answers import Answer, Choice
+from cluster_router.openai.common import StreamOptions
 from cluster_router.openai.errors import error_answer
 from cluster_router.openai.streams import Indexed
 from cluster_router.wire.errors import EngineError
@@ -35,7 +36,7 @@ class EventStream(StreamingResponse):
         answer: what is being answered.
         first: the first chunk, already taken from `chunks`.
         chunks: the rest.
-        include_usage: whether to end with the token counts.
+        options: whether to end with the token counts, and to send them with every chunk.
         request_id: under which a failure is logged.
     """
 
@@ -46,11 +47,11 @@ class EventStream(StreamingResponse):
         answer: Answer,
         first: Indexed,
         chunks: AsyncGenerator[Indexed, None],
-        include_usage: bool,
+        options: StreamOptions | None,
         request_id: str,
     ) -> None:
         self._chunks = chunks
-        self._events = _events(answer, first, chunks, include_usage, request_id)
+        self._events = _events(answer, first, chunks, options, request_id)
         # Proxies that buffer would hold the tokens back.
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         super().__init__(self._events, headers=headers)
@@ -68,11 +69,11 @@ async def _events(
     answer: Answer,
     first: Indexed,
     chunks: AsyncGenerator[Indexed, None],
-    include_usage: bool,
+    options: StreamOptions | None,
     request_id: str,
 ) -> AsyncGenerator[bytes, None]:
     answer.choices[first[0]].see_update(first[1])
-    frame = _Frame(answer, include_usage)
+    frame = _Frame(answer, options)
     try:
         for choice in answer.choices:
             opening = choice.opening()
@@ -83,7 +84,7 @@ async def _events(
             yield frame.chunk(item)
         for choice in answer.choices:
             choice.check_finished()
-        if include_usage:
+        if options is not None and options.include_usage:
             yield frame.usage()
         yield DONE
     except Exception as error:  # The status has been sent: all that is left is to say so in-band.
@@ -93,9 +94,11 @@ async def _events(
 class _Frame:
     """Renders events. What does not change from token to token is rendered once."""
 
-    def __init__(self, answer: Answer, include_usage: bool) -> None:
+    def __init__(self, answer: Answer, options: StreamOptions | None) -> None:
         self._answer = answer
-        self._end = b',"usage":null}\n\n' if include_usage else b"}\n\n"
+        counted = options is not None and bool(options.include_usage)
+        self._every = counted and bool(options and options.continuous_usage_stats)
+        self._end = b',"usage":null}\n\n' if counted else b"}\n\n"
         self._heads = [self._head(choice) for choice in answer.choices]
 
     def chunk(self, item: Indexed) -> bytes:
@@ -109,15 +112,18 @@ class _Frame:
 
     def event(self, index: int, content: dict[str, Any]) -> bytes:
         """An event that holds one choice."""
-        return self._heads[index] + b',"choices":[' + _dumps(content) + b"]" + self._end
+        end = self._usage() if self._every else self._end
+        return self._heads[index] + b',"choices":[' + _dumps(content) + b"]" + end
 
     def _head(self, choice: Choice) -> bytes:
         return b"data: " + _dumps(self._answer.head(choice, streamed=True))[:-1]
 
     def usage(self) -> bytes:
         """The event after the last choice."""
-        counts = _dumps(self._answer.usage())
-        return self._heads[0] + b',"choices":[],"usage":' + counts + b"}\n\n"
+        return self._heads[0] + b',"choices":[]' + self._usage()
+
+    def _usage(self) -> bytes:
+        return b',"usage":' + _dumps(self._answer.usage()) + b"}\n\n"
 
 
 def _dumps(value: object) -> bytes:

@@ -59,6 +59,16 @@ async def test_usage_comes_last_with_no_choices(client: AsyncOpenAI) -> None:
     assert all(event.usage is None for event in body)
 
 
+async def test_usage_can_come_with_every_chunk(client: AsyncOpenAI) -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    stream = await client.chat.completions.create(**CHAT, stream=True, stream_options=options)
+    counts = [event.usage.completion_tokens async for event in stream]
+    assert counts == [0, 1, 2, 3, 3]
+    alone = {"continuous_usage_stats": True}
+    stream = await client.chat.completions.create(**CHAT, stream=True, stream_options=alone)
+    assert all(event.usage is None for event in [event async for event in stream])
+
+
 async def test_choices_interleave_and_each_opens_with_its_role(client: AsyncOpenAI) -> None:
     stream = await client.chat.completions.create(**CHAT, n=2, seed=0, stream=True)
     seen = [(event.choices[0].index, event.choices[0].delta) async for event in stream]
