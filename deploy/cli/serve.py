@@ -75,6 +75,8 @@ def _run(path: Path, config: ServeConfig, address: str | None) -> None:
     """Ray's own `serve run`, in this process, watched from a thread."""
     from ray.serve.scripts import run
 
+    # Whoever starts this in the background of a script has it ignore Ctrl-C.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     watcher = _Watcher(config)
     watcher.start()
     words = [str(path), *(["--address", address] if address else [])]
