@@ -35,6 +35,7 @@ def test_the_shipped_config_is_valid_and_names_real_deployments() -> None:
         ({"engine": {"max_sequences": 0}}, "max_sequences"),
         ({"engine": {"max_sequences": 600}}, "max_batch_tokens"),
         ({"engine": {"dtype": "int3"}}, "dtype"),
+        ({"engine": {"tensor_parallel": 2}}, "tensor_parallel"),
         ({"router": {"index_device": "tpu"}}, "index_device"),
         ({"model": ""}, "model"),
         ({"access": {"key": "x"}}, "key"),
