@@ -89,7 +89,8 @@ class PromptEncoder:
 
     def text(self, tokens: Sequence[int]) -> str:
         """Text of `tokens`, without special ones."""
-        return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
+        decode = self._tokenizer.decode
+        return str(decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def _prompt_tokens(self, request: GenerateRequest) -> tuple[int, ...]:
         if request.prompt is not None:

@@ -13,6 +13,7 @@ from adapter_gen.refinery_worker import RefineryStatus
 from cluster_router.learning.worker import LearnerStatus
 from cluster_router.outbox import Outbox
 from cluster_router.tally import Key, StreamEnd
+from cluster_router.traffic import OTHER as MERGED
 from cluster_router.traffic import Traffic
 from cluster_router.wire.types import TokenizedRequest
 from deploy.metrics import NONE, OTHER, Meters
@@ -77,8 +78,10 @@ class TrafficReporter:
         for code, count in report.total.errors.items():
             self._meters.total("errors", count, {"code": code})
         for one in report.clusters:
-            who = self._of(one.key) if one.gain else {}
-            if one.gain and who["cluster"] != OTHER:
+            if not one.gain or one.key == MERGED:
+                continue
+            who = self._of(one.key)
+            if who["cluster"] != OTHER:
                 self._meters.set("conditioning_gain_nats", sum(one.gain) / len(one.gain), who)
                 self._meters.total("conditioning_gain_estimates", one.gains, who)
 
