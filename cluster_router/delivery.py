@@ -18,9 +18,9 @@ logger = logging.getLogger(__name__)
 class Delivery:
     """Satisfies Worker. Lives on one event loop, over a worker that stands for many replicas.
 
-    A replica may be lost at any moment. Before the first chunk nobody has seen anything of the
-    answer, so it is sent for again; from then on another replica would begin another answer, so
-    the loss is told.
+    A replica may be lost at any moment. While nobody has seen anything of an answer, it is sent for
+    again; once a chunk has gone out, another replica would begin another answer, so the loss is
+    told. An answer that is wanted whole goes out when it is complete.
 
     Args:
         worker: raises UnavailableError where a replica is lost; chooses another when asked again.
@@ -46,8 +46,8 @@ class Delivery:
 
         Raises:
             DeadlineError: it was not complete in time.
-            UnavailableError: its replica was lost after the first chunk, or each one asked was
-                lost before it.
+            UnavailableError: its replica was lost after a chunk had gone out, or each one asked was
+                lost before.
         """
         allowed = [one for one in (request.timeout_s, self._timeout_s) if one is not None]
         timeout_s = min(allowed, default=None)
@@ -56,11 +56,17 @@ class Delivery:
         begun = False
         try:
             for attempt in range(self._attempts):
+                held: list[TokenChunk] = []
                 try:
                     async with aclosing(_until(deadline, self._sent(request, attempt))) as chunks:
                         async for chunk in chunks:
+                            if request.whole:
+                                held.append(chunk)
+                                continue
                             begun = True
                             yield chunk
+                    for chunk in held:
+                        yield chunk
                     return
                 except UnavailableError as error:
                     if begun or attempt == self._attempts - 1:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from cluster_router.embedding import TokenEmbedder
@@ -175,7 +175,7 @@ class ClusterRouter:
             RequestError: see `prepare`.
             EngineError: the worker's stream ended before the answer did.
         """
-        prepared = self.prepare(request)
+        prepared = replace(self.prepare(request), whole=True)
         return collect(prepared, [chunk async for chunk in self.run(prepared)])
 
     def assign(self, request: GenerateRequest) -> Assignment:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from fastapi import APIRouter, Request, Response
@@ -82,7 +83,8 @@ async def _respond(
     service: ServiceSource, answer: Answer, body: SamplingFields, request: Request
 ) -> Response:
     router = service()
-    chunks = merge([router.run(choice.request) for choice in answer.choices])
+    requests = [replace(choice.request, whole=not body.stream) for choice in answer.choices]
+    chunks = merge([router.run(request) for request in requests])
     if not body.stream:
         whole = await until_disconnect(request, _whole(answer, chunks))
         return JSONResponse(whole)

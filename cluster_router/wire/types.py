@@ -168,7 +168,7 @@ class TokenizedRequest:
 
     `timeout_s` is for the router itself: the seconds in which the answer must be complete.
     `namespace` and `learn` are the request's own. One that is `background` is refused where traffic
-    could feel it.
+    could feel it. With `whole` nobody sees any of the answer before it is complete.
     """
 
     request_id: str
@@ -179,6 +179,7 @@ class TokenizedRequest:
     namespace: str = DEFAULT_NAMESPACE
     learn: bool = True
     background: bool = False
+    whole: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 
 import pytest
 
@@ -75,6 +76,13 @@ async def test_what_has_begun_is_not_sent_again() -> None:
         async for chunk in delivery(replicas).generate(request()):
             seen.append(chunk.text)
     assert (seen, replicas.asked) == (["x"], ["a"])
+
+
+async def test_what_is_wanted_whole_is_sent_again_though_it_had_begun() -> None:
+    replicas = Replicas(["x", lost()], ["y", "z"])
+    whole = replace(request(), whole=True)
+    found = [chunk.text async for chunk in delivery(replicas).generate(whole)]
+    assert found == ["y", "z"] and replicas.open == 0
 
 
 @pytest.mark.parametrize("error", [EngineError("no"), ValueError("no"), TimeoutError("no")])

@@ -1,0 +1,23 @@
+"""Puts `cluster_router/openai/front.py` into Serve's HTTP proxies.
+
+    export RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=deploy.proxy:middlewares
+
+before Ray starts (`serve run`, `ray start`): Serve has no other place to name it.
+"""
+
+from __future__ import annotations
+
+from starlette.middleware import Middleware
+
+from cluster_router.openai.front import Front
+
+SETTING = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
+"""The environment variable."""
+
+CALLBACK = "deploy.proxy:middlewares"
+"""Its value."""
+
+
+def middlewares() -> list[Middleware]:
+    """Called by each proxy as it starts."""
+    return [Middleware(Front)]
