@@ -7,6 +7,7 @@ import json
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 from safetensors.torch import save
@@ -14,7 +15,8 @@ from torch import Tensor
 
 from adapter_gen.hypernetwork import Generated
 from adapter_gen.update import LoraDelta, SharedBases, UpdateSpec
-from cluster_router.wire.errors import DeltaError
+from cluster_router.wire.errors import DeltaError, RequestError
+from cluster_router.wire.types import ExportForm
 
 _CARD = """\
 ---
@@ -51,11 +53,24 @@ _WITH_SHIFT = """\
 - All of the update: PEFT computes the same logits.
 {shift}
 - The shift is the bias of the head's `lora_B` (`lora_bias`, PEFT 0.14 or later). A server that does
-  not know `lora_bias` needs an export without it, which leaves the shift out."""
+  not know `lora_bias`, as vLLM, takes the form `plain`, which leaves the shift out."""
 _WITHOUT_SHIFT = """\
 - All of the update but the shift of the final hidden state, which needs `lora_bias`.
 {shift}"""
+_LINEARS = """\
+- The update of the linear layers. Left out is that of the final hidden state, its core and shift.
+{shift}"""
 _PAPER = "- All of the update: this form is a plain LoRA."
+
+EXPORT_FORMS: tuple[ExportForm, ...] = get_args(ExportForm)
+"""Every form."""
+
+_CARRIED = {"whole": _WITH_SHIFT, "plain": _WITHOUT_SHIFT, "linears": _LINEARS}
+_LEFT_OUT: dict[ExportForm, list[str]] = {
+    "whole": [],
+    "plain": ["head_shift"],
+    "linears": ["head_core", "head_shift"],
+}
 
 MANIFEST = "export.json"
 """File of an export that says, for programs, what the adapter carries; PEFT does not read it."""
@@ -77,7 +92,7 @@ def export_peft(
     base_model: str,
     head_weight: Tensor,
     head_module: str = "lm_head",
-    lora_bias: bool = True,
+    form: ExportForm = "whole",
 ) -> dict[str, bytes]:
     """The files of a PEFT LoRA adapter, by name.
 
@@ -93,9 +108,8 @@ def export_peft(
         base_model: name or path under which PEFT finds the base model.
         head_weight: [vocab, hidden], weight W of the LM head.
         head_module: module path of the LM head.
-        lora_bias: whether the adapter may use PEFT's option of that name. Without it the shift is
-            left out; servers that do not know the option read only such an adapter. The paper's
-            form has no shift and never needs it.
+        form: what the reader can take, see ExportForm. The paper's form has no shift, so it is
+            whole without `lora_bias`.
 
     Returns:
         `adapter_config.json`, `adapter_model.safetensors`, `README.md` and `export.json`. The last
@@ -103,28 +117,40 @@ def export_peft(
 
     Raises:
         DeltaError: `delta` or `head_weight` does not fit `spec`.
+        RequestError: `form` leaves nothing of the update.
     """
-    delta.check(spec)
-    if head_weight.ndim != 2 or head_weight.shape[1] != spec.hidden_size:
-        raise DeltaError(
-            f"head_weight must be [vocab, {spec.hidden_size}], got {tuple(head_weight.shape)}"
-        )
-    head = head_weight.detach().to("cpu", torch.float32)
+    head = _checked_head(delta, spec, head_weight)
+    if form == "linears" and spec.depth != "full":
+        raise RequestError("These updates are in the head alone; choose another form.", "form")
     generated = Generated.of(delta)
     shift = None if spec.depth == "paper" else _Shift.of(generated, bases, head)
-    lora_bias = lora_bias and shift is not None
+    lora_bias = form == "whole" and shift is not None
     if shift is None:
         factors, alpha = _paper_factors(generated, spec), spec.alpha
     else:
         bias = shift.logits if lora_bias else None
         factors = _core_factors(generated, spec, bases, head, head_module, bias)
         alpha = float(spec.rank)
+    if form == "linears":
+        del factors[head_module]
     return {
         "adapter_config.json": _config(base_model, list(factors), spec.rank, alpha, lora_bias),
         "adapter_model.safetensors": _weights(factors, lora_bias),
-        "README.md": _card(delta, base_model, shift, lora_bias),
-        MANIFEST: _manifest(delta, base_model, shift, lora_bias),
+        "README.md": _card(delta, base_model, shift, form),
+        MANIFEST: _manifest(delta, base_model, shift, form),
     }
+
+
+def head_shift(
+    delta: LoraDelta, spec: UpdateSpec, bases: SharedBases, head_weight: Tensor
+) -> Tensor | None:
+    """W s, float32 [vocab]: what the shift adds to the logits; None if the form has no shift.
+
+    Raises:
+        DeltaError: `delta` or `head_weight` does not fit `spec`.
+    """
+    head = _checked_head(delta, spec, head_weight)
+    return None if spec.depth == "paper" else _Shift.of(Generated.of(delta), bases, head).logits
 
 
 def zip_files(files: Mapping[str, bytes]) -> bytes:
@@ -135,6 +161,16 @@ def zip_files(files: Mapping[str, bytes]) -> bytes:
             # A ZipInfo carries a fixed date, where a bare name would carry today's.
             archive.writestr(zipfile.ZipInfo(name), data, zipfile.ZIP_DEFLATED)
     return buffer.getvalue()
+
+
+def _checked_head(delta: LoraDelta, spec: UpdateSpec, head_weight: Tensor) -> Tensor:
+    """The LM head's weight, float32 on the CPU, once it and `delta` fit `spec`."""
+    delta.check(spec)
+    if head_weight.ndim != 2 or head_weight.shape[1] != spec.hidden_size:
+        raise DeltaError(
+            f"head_weight must be [vocab, {spec.hidden_size}], got {tuple(head_weight.shape)}"
+        )
+    return head_weight.detach().to("cpu", torch.float32)
 
 
 @dataclass(frozen=True)
@@ -214,12 +250,12 @@ def _config(base_model: str, modules: list[str], rank: int, alpha: float, lora_b
     )
 
 
-def _card(delta: LoraDelta, base_model: str, shift: _Shift | None, lora_bias: bool) -> bytes:
+def _card(delta: LoraDelta, base_model: str, shift: _Shift | None, form: ExportForm) -> bytes:
     cluster = delta.key.cluster
     carried = _PAPER
     if shift is not None:
         size = _SHIFT.format(norm=shift.norm, largest=shift.largest)
-        carried = (_WITH_SHIFT if lora_bias else _WITHOUT_SHIFT).format(shift=size)
+        carried = _CARRIED[form].format(shift=size)
     return _CARD.format(
         base_model=base_model,
         cluster="the static update" if cluster is None else f"cluster {cluster}",
@@ -228,8 +264,8 @@ def _card(delta: LoraDelta, base_model: str, shift: _Shift | None, lora_bias: bo
     ).encode()
 
 
-def _manifest(delta: LoraDelta, base_model: str, shift: _Shift | None, lora_bias: bool) -> bytes:
-    left_out = shift is not None and not lora_bias
+def _manifest(delta: LoraDelta, base_model: str, shift: _Shift | None, form: ExportForm) -> bytes:
+    left_out = [] if shift is None else _LEFT_OUT[form]
     sizes = None if shift is None else {"norm": shift.norm, "largest_logit": shift.largest}
     return _json(
         {
@@ -237,8 +273,8 @@ def _manifest(delta: LoraDelta, base_model: str, shift: _Shift | None, lora_bias
             "base_fingerprint": delta.key.base,
             "update": delta.key.id,
             "cluster": delta.key.cluster,
-            "not_carried": ["head_shift"] if left_out else [],
-            "needs": ["lora_bias"] if lora_bias else [],
+            "not_carried": left_out,
+            "needs": ["lora_bias"] if form == "whole" and shift is not None else [],
             "head_shift": sizes,
         }
     )

@@ -20,6 +20,7 @@ from cluster_router.wire.types import (
     Assignment,
     ClusterInfo,
     Conditioning,
+    ExportForm,
     GenerateRequest,
     GenerateResult,
     Observation,
@@ -40,7 +41,9 @@ class Worker(Protocol):
 class Exporter(Protocol):
     """Writes updates in PEFT's format."""
 
-    async def export(self, key: AdapterKey, conditioning: Conditioning | None) -> bytes:
+    async def export(
+        self, key: AdapterKey, conditioning: Conditioning | None, form: ExportForm
+    ) -> bytes:
         """The update `key` as a zip archive of a PEFT adapter directory."""
         ...
 
@@ -198,13 +201,17 @@ class ClusterRouter:
         """
         return self._assigners.of(namespace).cluster(id)
 
-    async def export(self, id: int, namespace: str = DEFAULT_NAMESPACE) -> bytes:
+    async def export(
+        self, id: int, namespace: str = DEFAULT_NAMESPACE, form: ExportForm = "whole"
+    ) -> bytes:
         """A cluster's update as a zip archive of a PEFT adapter.
 
         Raises:
             UnknownClusterError: no cluster has this id.
+            RequestError: `form` leaves nothing of it.
         """
-        return await self._exporter.export(*self._assigners.of(namespace).conditioning(id))
+        key, conditioning = self._assigners.of(namespace).conditioning(id)
+        return await self._exporter.export(key, conditioning, form)
 
     def token_text(self, token: int) -> str:
         """Text of one token, decoded alone.

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from adapter_gen.refinery import RefineryConfig
 from cluster_router.access import Access, KeyFile
@@ -18,6 +19,7 @@ from cluster_router.wire.errors import ConfigError
 from cluster_router.wire.types import Namespace, Timeout
 from lm_workers.config import EngineConfig
 from lm_workers.models import DEFAULT_MODEL
+from lm_workers.vllm.config import VllmConfig
 
 SHIPPED = Path(__file__).parent / "bundles"
 """Bundles that come with the project, by name."""
@@ -211,6 +213,23 @@ class RequestLogConfig(BaseModel):
         return namespace in self.namespaces or EVERY_NAMESPACE in self.namespaces
 
 
+def _backend(settings: Any) -> str:
+    if isinstance(settings, Mapping):
+        return str(settings.get("backend", "built-in"))
+    return str(getattr(settings, "backend", ""))
+
+
+EngineSettings = Annotated[
+    Annotated[EngineConfig, Tag("built-in")] | Annotated[VllmConfig, Tag("vllm")],
+    Discriminator(
+        _backend,
+        custom_error_type="unknown_backend",
+        custom_error_message="backend must be built-in or vllm",
+    ),
+]
+"""The built-in engine's settings, or with `backend: vllm` those of vLLM."""
+
+
 class AppConfig(BaseModel):
     """What is served, and how.
 
@@ -236,7 +255,7 @@ class AppConfig(BaseModel):
     model: Annotated[str, Field(min_length=1)] = DEFAULT_MODEL
     served_name: Annotated[str, Field(min_length=1)] | None = None
     bundle: str | None = DEFAULT_MODEL
-    engine: EngineConfig = EngineConfig()
+    engine: EngineSettings = EngineConfig()
     routing: AffinityPolicy = AffinityPolicy()
     router: RouterConfig = RouterConfig()
     access: AccessConfig = AccessConfig()

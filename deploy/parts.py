@@ -43,6 +43,7 @@ from cluster_router.wire.types import (
     Assignment,
     ClusterInfo,
     Conditioning,
+    ExportForm,
     GenerateRequest,
     GenerateResult,
     TokenChunk,
@@ -147,12 +148,16 @@ class GeneratorReplica:
         """What `deploy/autoscaling.py` counts: updates being generated, or waiting to be."""
         return {"misses": self._generator.stats().in_flight}
 
-    async def export(self, key: AdapterKey, conditioning: Conditioning | None) -> bytes:
+    async def export(
+        self, key: AdapterKey, conditioning: Conditioning | None, form: ExportForm
+    ) -> bytes:
         """The update as a zip archive of a PEFT adapter."""
         delta = await self._generator.get(key, conditioning)
         bundle = self._bundle
         head = load_lm_head(self._path)
-        return zip_files(export_peft(delta, bundle.spec, bundle.bases, self._base_model, head))
+        return zip_files(
+            export_peft(delta, bundle.spec, bundle.bases, self._base_model, head, form=form)
+        )
 
 
 class RemoteGenerator:
@@ -174,10 +179,12 @@ class RemoteGenerator:
         except ray.exceptions.ObjectLostError:
             return await self._fetch(key, conditioning)
 
-    async def export(self, key: AdapterKey, conditioning: Conditioning | None) -> bytes:
+    async def export(
+        self, key: AdapterKey, conditioning: Conditioning | None, form: ExportForm
+    ) -> bytes:
         """See GeneratorReplica.export."""
         handle = self._deployed().options(session_id=key.id)
-        return await handle.export.remote(key, conditioning)
+        return await handle.export.remote(key, conditioning, form)
 
     def _deployed(self) -> DeploymentHandle:
         if self._handle is None:

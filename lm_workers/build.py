@@ -13,7 +13,7 @@ from cluster_router.wire.errors import ConfigError
 from lm_workers.adapters import AdapterBank
 from lm_workers.config import EngineConfig
 from lm_workers.detokenizer import TokenTexts
-from lm_workers.engine import Engine
+from lm_workers.engine import Engine, SteppedEngine
 from lm_workers.kv_cache import BlockPool, KVCache, bytes_per_token
 from lm_workers.layers.choose import choose_kernels, choose_layout
 from lm_workers.models import describe_model, load_causal_lm, load_tokenizer, resolve_dtype
@@ -21,15 +21,19 @@ from lm_workers.prefix_cache import PrefixCache
 from lm_workers.runner import ModelRunner
 from lm_workers.sampler import Sampler
 from lm_workers.scheduler import Scheduler
+from lm_workers.vllm.build import build_vllm_engine
+from lm_workers.vllm.config import VllmConfig
 
 _CPU_CACHE_BYTES = 2**30
 _GPU_FREE_SHARE = 0.8
 
 
 def build_engine(
-    path: Path, config: EngineConfig, update: tuple[UpdateSpec, SharedBases] | None = None
-) -> Engine:
-    """An engine for the model at `path`.
+    path: Path,
+    config: EngineConfig | VllmConfig,
+    update: tuple[UpdateSpec, SharedBases] | None = None,
+) -> SteppedEngine:
+    """The engine that `config` chooses, for the model at `path`.
 
     Args:
         path: a folder with safetensors, config and tokenizer.
@@ -40,6 +44,8 @@ def build_engine(
         ModelError: the model cannot be loaded or served.
         ConfigError: the settings do not fit the model or the machine.
     """
+    if isinstance(config, VllmConfig):
+        return build_vllm_engine(path, config, update)
     device = pick_device(config.device)
     if device == "cpu":
         torch.set_num_threads(config.cpu_threads or len(os.sched_getaffinity(0)))

@@ -15,6 +15,7 @@ class EngineConfig(BaseModel):
     """How one LM replica runs.
 
     Attributes:
+        backend: chooses this engine, the built-in one; the other is lm_workers/vllm.
         device: `auto` takes CUDA where there is one.
         dtype: `auto` is bfloat16 where the device computes in it natively, else float32.
         max_sequences: requests that run at the same time; more wait in their cluster's queue.
@@ -38,6 +39,7 @@ class EngineConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    backend: Literal["built-in"] = "built-in"
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     max_sequences: PositiveInt = 32

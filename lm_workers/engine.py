@@ -6,12 +6,14 @@ import secrets
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
 from adapter_gen.update import LoraDelta
-from cluster_router.wire.errors import ContextLengthError, OverloadedError, RequestError
+from cluster_router.wire.errors import OverloadedError
 from cluster_router.wire.types import TokenChunk, TokenizedRequest, TokenLogprob
+from lm_workers.answer import check_request, extend
 from lm_workers.detokenizer import Detokenizer, TokenTexts
 from lm_workers.runner import ModelRunner, StepOutput, scored_rows
 from lm_workers.sampler import Sampled, Sampler, score
@@ -52,6 +54,50 @@ class EngineStats:
     def hit_rate(self) -> float:
         """Share of prompt tokens that did not have to be computed."""
         return self.cached_tokens / max(1, self.prompt_tokens)
+
+
+class SteppedEngine(Protocol):
+    """What an LMWorker drives, from one thread: the Engine below, or a VllmEngine."""
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `step` would do anything."""
+        ...
+
+    @property
+    def num_running(self) -> int:
+        """Requests being computed."""
+        ...
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests in the queues."""
+        ...
+
+    @property
+    def stats(self) -> EngineStats:
+        """Counts since the start."""
+        ...
+
+    def add(self, request: TokenizedRequest, delta: LoraDelta | None) -> None:
+        """Queue a request under `delta` (None: unadapted); a ChameleonError refuses it."""
+        ...
+
+    def abort(self, request_id: str) -> None:
+        """Drop a request, at any moment; unknown or finished ids are ignored."""
+        ...
+
+    def abort_all(self) -> list[str]:
+        """Drop every request and return their ids."""
+        ...
+
+    def step(self) -> list[TokenChunk]:
+        """Advance every running request and return what became certain."""
+        ...
+
+    def check_integrity(self) -> None:
+        """Assert that nothing is lost or held twice."""
+        ...
 
 
 class Engine:
@@ -126,20 +172,10 @@ class Engine:
             ContextLengthError: prompt and output exceed the context.
             OverloadedError: the queues are full, or there is no room for a background request.
         """
+        check_request(request, self._max_context, self._sequences)
         if request.background and not self._scheduler.has_room:
             raise OverloadedError("there is no room for background work now")
-        params, length = request.sampling, len(request.prompt_tokens)
-        if not length:
-            raise RequestError("the prompt has no tokens", "prompt")
-        if length + params.max_tokens > self._max_context:
-            raise ContextLengthError(
-                f"{length} prompt tokens and max_tokens={params.max_tokens} exceed this engine's "
-                f"context of {self._max_context} tokens",
-                "max_tokens",
-            )
-        if request.request_id in self._sequences:
-            raise RequestError(f"request id {request.request_id!r} is in use", "request_id")
-        prompt = list(request.prompt_tokens)
+        params, prompt = request.sampling, list(request.prompt_tokens)
         sequence = Sequence(
             request_id=request.request_id,
             prompt=prompt,
@@ -226,28 +262,13 @@ class Engine:
 
     def _advance(self, sequence: Sequence, sampled: Sampled) -> TokenChunk:
         """Append a sampled token, see whether the answer is over, and say what is new."""
-        token = sampled.token
-        sequence.tokens.append(token)
         self._generated_tokens += 1
-        params = sequence.sampling
-        text = ""
-        may_stop = sequence.num_outputs >= params.min_tokens
-        if token in self._eos and not params.ignore_eos:
-            sequence.finish_reason = "stop"
-        elif token in params.stop_token_ids:
-            sequence.finish_reason, sequence.stop_reason = "stop", token
-        else:
-            text = sequence.detokenizer.push(token, may_stop)
-            if sequence.detokenizer.stopped_by is not None:
-                sequence.finish_reason = "stop"
-                sequence.stop_reason = sequence.detokenizer.stopped_by
-            elif sequence.num_outputs >= params.max_tokens:
-                sequence.finish_reason = "length"
+        text = extend(sequence, sampled.token, self._eos)
         if sequence.finish_reason is not None:
-            text += sequence.detokenizer.flush()
             self._retire(sequence)
-        logprobs = () if params.logprobs is None else (self._logprob(sampled),)
-        return self._chunk(sequence, text, (token,), logprobs)
+        wanted = sequence.sampling.logprobs is not None
+        logprobs = (self._logprob(sampled),) if wanted else ()
+        return self._chunk(sequence, text, (sampled.token,), logprobs)
 
     def _chunk(
         self,

@@ -23,7 +23,7 @@ from cluster_router.wire.errors import (
     UnavailableError,
 )
 from cluster_router.wire.types import AdapterKey, Conditioning, TokenChunk, TokenizedRequest
-from lm_workers.engine import Engine, EngineStats
+from lm_workers.engine import EngineStats, SteppedEngine
 
 log = logging.getLogger(__name__)
 tracer = trace.get_tracer("chameleon.worker")
@@ -72,7 +72,7 @@ class LMWorker:
 
     def __init__(
         self,
-        engine: Engine,
+        engine: SteppedEngine,
         adapters: AdapterSource,
         spec: UpdateSpec | None = None,
         hypernetwork: str | None = None,

@@ -22,12 +22,20 @@ from cluster_router.wire.errors import RequestError
 from cluster_router.wire.types import (
     DEFAULT_NAMESPACE,
     ClusterInfo,
+    ExportForm,
     GenerateRequest,
     Namespace,
     SamplingParams,
 )
 
 ClusterId = Annotated[int, Path(ge=0, lt=2**63, description="The cluster's stable id.")]
+Form = Annotated[
+    ExportForm,
+    Query(
+        description="What the reader can take: `whole` needs `lora_bias`, as PEFT has; `plain` is "
+        "LoRA alone, for vLLM, and lacks the shift of the head; `linears` lacks all of the head."
+    ),
+]
 Tenant = Annotated[Namespace, Query(description=NAMESPACE)]
 
 
@@ -69,10 +77,13 @@ def inspection_routes(service: ServiceSource) -> APIRouter:
         summary="Download a cluster's adapter in PEFT's format",
     )
     async def get_adapter(
-        request: Request, cluster: ClusterId, namespace: Tenant = DEFAULT_NAMESPACE
+        request: Request,
+        cluster: ClusterId,
+        namespace: Tenant = DEFAULT_NAMESPACE,
+        form: Form = "whole",
     ) -> Response:
         source, namespace = service(), tenant_of(request, namespace)
-        archive = await source.export(cluster, namespace)
+        archive = await source.export(cluster, namespace, form)
         stem = re.sub(r"[^A-Za-z0-9._-]+", "-", source.model.name).strip("-.")
         name = f"{stem}-cluster-{cluster}.zip"
         headers = {"Content-Disposition": f'attachment; filename="{name}"'}

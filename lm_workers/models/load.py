@@ -15,7 +15,7 @@ from transformers import (
 
 from cluster_router.wire.errors import ConfigError, ModelError
 from lm_workers.models.quiet import quiet_transformers
-from lm_workers.models.weights import StoredTensor, check_folder, stored_tensors
+from lm_workers.models.weights import StoredTensor, check_folder, is_quantised, stored_tensors
 
 DTYPES = {
     "float32": torch.float32,
@@ -41,6 +41,11 @@ def load_causal_lm(path: Path, dtype: torch.dtype, device: str) -> PreTrainedMod
             architecture that transformers does not know.
     """
     check_folder(path)
+    if is_quantised(path):
+        raise ModelError(
+            f"{path} holds quantised weights; give the unquantised model, or a .gguf file, "
+            "or serve it with vLLM (`engine: {backend: vllm}`)"
+        )
     try:
         with quiet_transformers():
             model, report = AutoModelForCausalLM.from_pretrained(

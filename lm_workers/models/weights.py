@@ -75,20 +75,20 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def check_folder(folder: Path) -> Path:
-    """Return `folder` if it holds a whole, plain model and its tokenizer; else ModelError."""
+    """Return `folder` if it holds a whole model and its tokenizer; else ModelError."""
     if not (folder / CONFIG).is_file():
         raise ModelError(f"{folder} has no {CONFIG}; {_hint(folder)}")
-    config = read_json(folder / CONFIG)
-    if "quantization_config" in config:
-        raise ModelError(
-            f"{folder} holds quantised weights; give the unquantised model, or a .gguf file"
-        )
     if (folder / "adapter_config.json").exists():
         raise ModelError(f"{folder} holds a PEFT adapter; merge it into its base model first")
     stored_tensors(folder)
     if not any((folder / name).is_file() for name in TOKENIZERS):
         raise ModelError(f"{folder} has no tokenizer; save it there with tokenizer.save_pretrained")
     return folder
+
+
+def is_quantised(folder: Path) -> bool:
+    """Whether the weights in `folder` are quantised."""
+    return "quantization_config" in read_json(folder / CONFIG)
 
 
 def _weight_paths(folder: Path) -> list[Path]:

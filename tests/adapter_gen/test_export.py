@@ -1,6 +1,7 @@
 import io
 import json
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from adapter_gen.apply import adapted
 from adapter_gen.export import MANIFEST, export_peft, zip_files
 from adapter_gen.hypernetwork import Generated
 from adapter_gen.update import LoraDelta, SharedBases, UpdateSpec
-from cluster_router.wire.errors import DeltaError
+from cluster_router.wire.errors import DeltaError, RequestError
 from cluster_router.wire.types import AdapterKey
 
 TOKENS = torch.tensor([[5, 9, 2, 30, 11, 7], [1, 1, 8, 39, 0, 3]])
@@ -57,7 +58,7 @@ def test_without_lora_bias_the_shift_alone_is_left_out_and_said(
     weight = model.get_output_embeddings().weight.detach().clone()
     with adapted(model, spec, bases, Generated.of(delta)):
         expected = logits_of(model)
-    files = export_peft(delta, spec, bases, "test/base", weight, lora_bias=False)
+    files = export_peft(delta, spec, bases, "test/base", weight, form="plain")
     for name, data in files.items():
         (tmp_path / name).write_bytes(data)
     names = load(files["adapter_model.safetensors"])
@@ -117,3 +118,28 @@ def test_refuses_parts_that_do_not_fit(
     broken = LoraDelta(delta.key, cores=np.zeros((1, 2, 2), np.float16))
     with pytest.raises(DeltaError, match="must be"):
         export_peft(broken, spec, bases, "test/base", weight)
+
+
+def test_linears_leave_out_the_head(
+    model: PreTrainedModel, parts: tuple[UpdateSpec, SharedBases, LoraDelta], tmp_path: Path
+) -> None:
+    spec, bases, delta = parts
+    weight = model.get_output_embeddings().weight.detach().clone()
+    if spec.depth != "full":
+        with pytest.raises(RequestError, match="another form"):
+            export_peft(delta, spec, bases, "test/base", weight, form="linears")
+        return
+    files = export_peft(delta, spec, bases, "test/base", weight, form="linears")
+    assert json.loads(files[MANIFEST])["not_carried"] == ["head_core", "head_shift"]
+    assert delta.cores is not None and delta.shift is not None and spec.head is not None
+    # What is left is the update whose part on the final hidden state is nothing.
+    cores, s0 = delta.cores.copy(), bases.s0.clone()
+    cores[spec.head], s0[spec.head] = 0, 0
+    headless = replace(delta, cores=cores, shift=np.zeros_like(delta.shift))
+    bare = replace(bases, s0=s0, shift=torch.zeros_like(bases.shift))
+    with adapted(model, spec, bare, Generated.of(headless)):
+        expected = logits_of(model)
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+    loaded = PeftModel.from_pretrained(model, tmp_path).eval()
+    torch.testing.assert_close(logits_of(loaded), expected, rtol=1e-4, atol=1e-5)

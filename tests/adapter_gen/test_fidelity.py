@@ -49,7 +49,7 @@ def test_what_an_export_without_it_loses_is_the_constant_at_every_position(
 ) -> None:
     spec, bases, delta = parts
     weight = model.get_output_embeddings().weight.detach()
-    files = export_peft(delta, spec, bases, "test/base", weight, lora_bias=False)
+    files = export_peft(delta, spec, bases, "test/base", weight, form="plain")
     found = measure_export(files, delta, spec, bases, model, TOKENS)
     if spec.depth == "paper":
         assert found.largest_logit < 1e-4

@@ -2,7 +2,7 @@
 
     python tests/bench/export_fidelity.py --out runs/export_fidelity
 
-Each cluster is exported twice, with and without `lora_bias`, loaded by PEFT and compared with the
+Each cluster is exported in every form that it has, loaded by PEFT and compared with the
 update itself: the loss of the text under both, and the largest difference of a logit. The text is
 the documents of tests/serve unless `--text` names others. Writes export_fidelity.json to `--out`.
 """
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from adapter_gen.bundle import Bundle
-from adapter_gen.export import export_peft
+from adapter_gen.export import EXPORT_FORMS, export_peft
 from adapter_gen.fidelity import measure_export
 from adapter_gen.generator import AdapterGenerator
 from deploy.config import SHIPPED
@@ -49,12 +49,12 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
         key = bundle.key(snapshot, row)
         delta = generator.generate(key, snapshot.conditioning_of(row))
         found: dict[str, Any] = {"cluster": key.cluster}
-        for name, lora_bias in (("whole", True), ("without_shift", False)):
-            files = export_peft(
-                delta, bundle.spec, bundle.bases, args.model, weight, lora_bias=lora_bias
-            )
+        for form in EXPORT_FORMS:
+            if form == "linears" and bundle.spec.depth != "full":
+                continue
+            files = export_peft(delta, bundle.spec, bundle.bases, args.model, weight, form=form)
             one = measure_export(files, delta, bundle.spec, bundle.bases, model, tokens)
-            found[name] = asdict(one)
+            found[form] = asdict(one)
         rows.append(found)
         print(f"cluster {key.cluster}: {summary([found])}", flush=True)
     return rows
@@ -63,17 +63,17 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
 def summary(rows: Sequence[dict[str, Any]]) -> str:
     """Means over clusters, largest logit differences over all."""
 
-    def mean(export: str, name: str) -> float:
-        return float(np.mean([row[export][name] for row in rows]))
+    def mean(form: str, name: str) -> float:
+        return float(np.mean([row[form][name] for row in rows]))
 
-    def largest(export: str) -> float:
-        return max(row[export]["largest_logit"] for row in rows)
+    def exported(form: str) -> str:
+        largest = max(row[form]["largest_logit"] for row in rows)
+        return f"{mean(form, 'export_loss'):.4f} exported {form} (logits within {largest:.2g})"
 
+    forms = [form for form in EXPORT_FORMS if form in rows[0]]
     return (
         f"loss {mean('whole', 'base_loss'):.4f} base, {mean('whole', 'update_loss'):.4f} updated, "
-        f"{mean('whole', 'export_loss'):.4f} exported (logits within {largest('whole'):.1e}), "
-        f"{mean('without_shift', 'export_loss'):.4f} exported without the shift "
-        f"(logits within {largest('without_shift'):.2f})"
+        + ", ".join(exported(form) for form in forms)
     )
 
 

@@ -74,10 +74,10 @@ class ScriptedWorker:
 
 class RecordingExporter:
     def __init__(self) -> None:
-        self.exported: list[tuple[AdapterKey, Conditioning | None]] = []
+        self.exported: list[tuple[AdapterKey, Conditioning | None, str]] = []
 
-    async def export(self, key: AdapterKey, conditioning: Conditioning | None) -> bytes:
-        self.exported.append((key, conditioning))
+    async def export(self, key: AdapterKey, conditioning: Conditioning | None, form: str) -> bytes:
+        self.exported.append((key, conditioning, form))
         return b"PK" + key.id.encode()
 
 

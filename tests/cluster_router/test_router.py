@@ -138,7 +138,8 @@ async def test_export_hands_over_the_clusters_key_and_conditioning(
 ) -> None:
     key = AdapterKey("base", "hyper", 20, 2)
     assert await router.export(20) == b"PK" + key.id.encode()
-    [(exported, conditioning)] = exporter.exported
+    [(exported, conditioning, form)] = exporter.exported
+    assert form == "whole"
     assert exported == key
     assert np.array_equal(conditioning.vector, [3, 4, 5])
     with pytest.raises(UnknownClusterError):

@@ -136,8 +136,8 @@ def _byte_characters() -> list[tuple[int, str]]:
 
 
 class ZipExporter:
-    async def export(self, key: Any, conditioning: Any) -> bytes:
-        return b"PK" + key.id.encode()
+    async def export(self, key: Any, conditioning: Any, form: str) -> bytes:
+        return b"PK" + key.id.encode() + form.encode()
 
 
 def build_router(worker: ScriptedWorker) -> ClusterRouter:

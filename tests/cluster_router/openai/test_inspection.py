@@ -27,7 +27,10 @@ async def test_clusters(http: httpx.AsyncClient) -> None:
 async def test_an_adapter_is_a_zip_with_a_name(http: httpx.AsyncClient) -> None:
     answer = await http.get("/v1/clusters/8/adapter")
     key = (await http.get("/v1/clusters/8")).json()["adapter_key"]
-    assert answer.content == b"PK" + key.encode()
+    assert answer.content == b"PK" + key.encode() + b"whole"
+    plain = await http.get("/v1/clusters/8/adapter?form=plain")
+    assert plain.content == b"PK" + key.encode() + b"plain"
+    assert (await http.get("/v1/clusters/8/adapter?form=half")).status_code == 400
     assert answer.headers["content-type"] == "application/zip"
     disposition = answer.headers["content-disposition"]
     assert disposition == 'attachment; filename="tiny-bytes-cluster-8.zip"'

@@ -17,6 +17,7 @@ from lm_workers.models import (
     load_tokenizer,
     resolve_dtype,
 )
+from lm_workers.models.weights import check_folder
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -129,6 +130,13 @@ def test_configs_that_cannot_be_served(llama: Path, change: dict[str, object]) -
     (llama / "own.py").write_text("raise SystemExit('code from a model folder was run')")
     edit_config(llama, **change)
     with pytest.raises(ModelError):
+        load_causal_lm(llama, torch.float32, "cpu")
+
+
+def test_quantised_weights_are_for_the_other_engine(llama: Path) -> None:
+    edit_config(llama, quantization_config={"quant_method": "awq"})
+    assert check_folder(llama) == llama
+    with pytest.raises(ModelError, match=r"quantised weights.*backend: vllm"):
         load_causal_lm(llama, torch.float32, "cpu")
 
 

@@ -143,11 +143,6 @@ SPOILS = {
     ),
     "gguf only": (["model.safetensors"], {"m.gguf": "GGUF"}, "name the .gguf file itself"),
     "no tokenizer": (["tokenizer.json"], {}, "has no tokenizer"),
-    "quantised": (
-        [],
-        {"config.json": '{"model_type": "llama", "quantization_config": {}}'},
-        "quantised weights",
-    ),
     "adapter": ([], {"adapter_config.json": "{}"}, "merge it into its base model"),
     "missing shard": (
         ["model.safetensors"],
