@@ -14,6 +14,7 @@ from adapter_gen.generator import AdapterGenerator
 from adapter_gen.storage import read_file, read_manifest, write_file
 from cluster_router.vocabulary import CharacteristicTokens
 from cluster_router.wire.errors import BundleError, ChameleonError, UnknownClusterError
+from cluster_router.wire.types import ExportForm
 from lm_workers.models import (
     describe_model,
     load_embedding,
@@ -140,13 +141,14 @@ class _Checks:
 
 
 def export_cluster(
-    path: Path, cluster: str, out: Path, model: str | None, lora_bias: bool
+    path: Path, cluster: str, out: Path, model: str | None, form: ExportForm
 ) -> list[str]:
     """Write the update of `cluster` (an id, or "static") to the folder `out`; the files' names.
 
     Raises:
         BundleError: `out` exists, or the bundle cannot be read or belongs to another model.
         UnknownClusterError: the bundle has no such cluster.
+        RequestError: `form` leaves nothing of the update.
     """
     if out.exists():
         raise BundleError(f"{out} exists; name another folder with --out", "out")
@@ -157,9 +159,7 @@ def export_cluster(
     row = _row(bundle, cluster)
     conditioning = None if row is None else bundle.snapshot.conditioning_of(row)
     delta = AdapterGenerator(bundle).generate(bundle.key(bundle.snapshot, row), conditioning)
-    files = export_peft(
-        delta, bundle.spec, bundle.bases, name, load_lm_head(folder), lora_bias=lora_bias
-    )
+    files = export_peft(delta, bundle.spec, bundle.bases, name, load_lm_head(folder), form=form)
     out.mkdir(parents=True)
     for file, data in files.items():
         write_file(out / file, data)

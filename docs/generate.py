@@ -26,6 +26,7 @@ from deploy.cli import app  # noqa: E402
 from deploy.cli.openapi import schema  # noqa: E402
 from deploy.config import AppConfig  # noqa: E402
 from deploy.metrics import METRICS  # noqa: E402
+from lm_workers.vllm.config import VllmConfig  # noqa: E402
 from training.config import TrainSettings  # noqa: E402
 from training.evaluation.settings import EvaluateSettings  # noqa: E402
 
@@ -72,7 +73,8 @@ def _pages() -> dict[str, str]:
             "section](../guides/operation.md#scaling).",
             "deploy/config.py",
             AppConfig(),
-        ),
+        )
+        + "".join(_sections(VllmConfig(), "engine, backend vllm")),
         "training.md": settings_page(
             "Training settings",
             "The file in `chameleon train --config`: `TrainSettings` of "

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from cluster_router.wire.types import ExportForm
 from deploy.cli.output import Json, print_json, show, table
 from training.terminal import FAILED, command_line
 
@@ -71,13 +72,13 @@ def export(
     cluster: Annotated[str, typer.Argument(help="Id of a cluster, or static.")],
     out: Annotated[Path, typer.Option(help="Folder to write.")],
     model: Base = None,
-    without_shift: Annotated[
-        bool,
+    form: Annotated[
+        ExportForm,
         typer.Option(
-            "--without-shift",
-            help="Leave out the shift of the head, for servers that know no lora_bias.",
+            help="What the reader takes: whole needs lora_bias, as PEFT has; plain, for vLLM, leaves "
+            "out the shift of the head; linears all of the head.",
         ),
-    ] = False,
+    ] = "whole",
     json: Json = False,
 ) -> None:
     """Write a cluster's update as a PEFT adapter; `static` is what all clusters share.
@@ -86,7 +87,7 @@ def export(
     """
     from deploy.bundle_tools import export_cluster
 
-    written = export_cluster(_folder(bundle), cluster, out, model, not without_shift)
+    written = export_cluster(_folder(bundle), cluster, out, model, form)
     if json:
         print_json({"folder": str(out), "files": written})
         return

@@ -45,6 +45,10 @@ class AdapterFolders:
     Updates in use are never removed, so there can be more than `capacity` for a while: vLLM reads
     an update again when it had to leave the device and is wanted once more.
 
+    Attributes:
+        loads: folders written since the start.
+        evictions: of these, how many were removed to make room.
+
     Args:
         spec: form of the updates.
         bases: their shared parts.
@@ -67,7 +71,7 @@ class AdapterFolders:
         self._with_shift, self._capacity, self._forget = with_shift, capacity, forget
         self._root = tempfile.TemporaryDirectory(prefix="chameleon-updates-")
         self._held: OrderedDict[str, Adapter] = OrderedDict()
-        self._made = 0
+        self.loads = self.evictions = 0
 
     def __len__(self) -> int:
         return len(self._held)
@@ -105,13 +109,14 @@ class AdapterFolders:
         idle = [name for name, one in self._held.items() if not one.users]
         for name in idle[: max(0, len(self._held) - self._capacity)]:
             adapter = self._held.pop(name)
+            self.evictions += 1
             self._forget(adapter.number)
             shutil.rmtree(adapter.folder)
 
     def _write(self, delta: LoraDelta) -> Adapter:
         files = export_peft(delta, self._spec, self._bases, "base", self._head, form="plain")
-        self._made += 1
-        folder = Path(self._root.name) / f"{delta.key.id}-{self._made}"
+        self.loads += 1
+        folder = Path(self._root.name) / f"{delta.key.id}-{self.loads}"
         folder.mkdir()
         for name, data in files.items():
             (folder / name).write_bytes(data)
@@ -121,4 +126,4 @@ class AdapterFolders:
             if logits is not None:
                 shift = folder / FILE
                 save_file({TENSOR: logits}, shift)
-        return Adapter(self._made, folder, shift)
+        return Adapter(self.loads, folder, shift)

@@ -81,7 +81,7 @@ class VllmEngine:
         self._numbers = itertools.count()
         self._held: dict[str, _Running] = {}
         self._names: dict[str, str] = {}
-        self._prompt_tokens = self._cached_tokens = 0
+        self._prompt_tokens = self._cached_tokens = self._generated_tokens = 0
 
     @property
     def has_work(self) -> bool:
@@ -101,6 +101,7 @@ class VllmEngine:
     @property
     def stats(self) -> EngineStats:
         """Counts since the start."""
+        adapters = self._adapters
         sequences = [one.sequence for one in self._held.values()]
         return EngineStats(
             running=self.num_running,
@@ -108,8 +109,12 @@ class VllmEngine:
             tokens_ahead=sum(one.max_length - one.computed for one in sequences),
             prompt_tokens=self._prompt_tokens,
             cached_tokens=self._cached_tokens,
+            generated_tokens=self._generated_tokens,
             preemptions=self._counters.preemptions,
-            kv_free=1 - self._counters.kv_use if sequences else 1.0,
+            kv_free=self._kv_free,
+            adapters=0 if adapters is None else len(adapters),
+            adapter_loads=0 if adapters is None else adapters.loads,
+            adapter_evictions=0 if adapters is None else adapters.evictions,
         )
 
     def add(self, request: TokenizedRequest, delta: LoraDelta | None) -> None:
@@ -119,7 +124,7 @@ class VllmEngine:
             RequestError: the prompt is empty or holds an unknown token, the id is in use, or vLLM
                 cannot do what is asked.
             ContextLengthError: prompt and output exceed the context.
-            OverloadedError: the queues are full.
+            OverloadedError: the queues are full, or there is no room for a background request.
             DeltaError: the update does not fit.
         """
         check_request(request, self._limits.context, self._held)
@@ -163,6 +168,10 @@ class VllmEngine:
             adapted = sum(one.adapter is not None for one in self._held.values())
             assert self._adapters.users == adapted, "updates lost or held twice"
 
+    @property
+    def _kv_free(self) -> float:
+        return 1 - self._counters.kv_use if self._held else 1.0
+
     def _check_more(self, request: TokenizedRequest) -> None:
         limits = self._limits
         if (worst := max(request.prompt_tokens)) >= limits.vocabulary:
@@ -171,6 +180,9 @@ class VllmEngine:
             )
         for refuse in self._refuse:
             refuse(request.sampling)
+        few = 2 * len(self._held) < limits.sequences and self._kv_free > 0.5
+        if request.background and not few:
+            raise OverloadedError("there is no room for background work now")
         if len(self._held) >= limits.sequences + limits.queued:
             raise OverloadedError(f"{self.num_waiting} requests are waiting; try again later")
 
@@ -248,6 +260,7 @@ class VllmEngine:
             if sequence.finish_reason is not None:
                 break
         tokens = tuple(completion.token_ids[:count])
+        self._generated_tokens += count
         top = sequence.sampling.logprobs
         if top is None:
             return text, tokens, ()
