@@ -75,8 +75,8 @@ def export(
     form: Annotated[
         ExportForm,
         typer.Option(
-            help="What the reader takes: whole needs lora_bias, as PEFT has; plain, for vLLM, leaves "
-            "out the shift of the head; linears all of the head.",
+            help="What the reader takes: whole needs lora_bias, as PEFT has; plain, for vLLM, "
+            "leaves out the shift of the head; linears all of the head.",
         ),
     ] = "whole",
     json: Json = False,
