@@ -6,20 +6,26 @@ import shutil
 import tempfile
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from adapter_gen.export import export_peft, head_shift
 from adapter_gen.update import LoraDelta, SharedBases, UpdateSpec
+from cluster_router.wire.types import AdapterKey
+
+if TYPE_CHECKING:
+    from vllm.lora.request import LoRARequest
 
 ARGUMENT = "head_shift"
 """Under this name a request's extra arguments hold the path of its update's shift."""
 
 FILE = "head_shift.safetensors"
 TENSOR = "logits"
+_WEIGHTS = "adapter_model.safetensors"
 
 
 @dataclass
@@ -37,6 +43,12 @@ class Adapter:
     folder: Path
     shift: Path | None
     users: int = 0
+
+    def request(self) -> LoRARequest:
+        """As vLLM is asked for it."""
+        from vllm.lora.request import LoRARequest
+
+        return LoRARequest(self.folder.name, self.number, str(self.folder))
 
 
 class AdapterFolders:
@@ -75,6 +87,15 @@ class AdapterFolders:
 
     def __len__(self) -> int:
         return len(self._held)
+
+    def blank(self) -> Adapter:
+        """One that changes nothing, kept until `close`."""
+        static = LoraDelta.static(AdapterKey("", "", None, 0), self._spec)
+        adapter = self._write(static)
+        weights = adapter.folder / _WEIGHTS
+        zeros = {name: torch.zeros_like(one) for name, one in load_file(weights).items()}
+        save_file(zeros, weights)
+        return replace(adapter, shift=None)
 
     def acquire(self, delta: LoraDelta) -> Adapter:
         """The folder of `delta`, written if needed, and kept until it is released.

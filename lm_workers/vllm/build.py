@@ -79,7 +79,7 @@ def _assemble(
     from lm_workers.vllm.sampling import refuse_unscored, refuse_unspeculative
 
     speculative = "speculative_config" in config.options
-    adapters = None
+    adapters = blank = None
     if update is not None:
         spec, bases = update
         adapters = AdapterFolders(
@@ -91,6 +91,8 @@ def _assemble(
             forget=engine.remove_lora,
         )
         _try(engine, adapters, spec, path)
+        if not torch.cuda.is_available():
+            blank = adapters.blank()
         if speculative and spec.depth != "paper":
             log.warning("vLLM decodes speculatively: updates lack the shift of their head")
     refusals = [refuse_unspeculative] if speculative else []
@@ -98,6 +100,7 @@ def _assemble(
         engine=engine,
         counters=counters,
         adapters=adapters,
+        blank=blank,
         texts=TokenTexts(load_tokenizer(path)),
         eos=frozenset(info.eos_token_ids),
         limits=Limits(
@@ -157,10 +160,13 @@ def _lora(spec: UpdateSpec, config: VllmConfig) -> dict[str, Any]:
     rank = next((one for one in RANKS if one >= spec.rank), None)
     if rank is None:
         raise ConfigError(f"vLLM takes ranks up to {RANKS[-1]}, the bundle has {spec.rank}")
+    # On a CPU, vLLM (0.32) gives unadapted requests the adapter in its last place: see its pull
+    # request 48421. So they run under one that changes nothing, which takes a place of its own.
+    places = config.max_adapters + (not torch.cuda.is_available())
     settings: dict[str, Any] = {
         "enable_lora": True,
-        "max_loras": config.max_adapters,
-        "max_cpu_loras": config.max_adapters,
+        "max_loras": places,
+        "max_cpu_loras": places,
         "max_lora_rank": rank,
     }
     if "speculative_config" not in config.options:
@@ -171,11 +177,9 @@ def _lora(spec: UpdateSpec, config: VllmConfig) -> dict[str, Any]:
 
 def _try(engine: Any, adapters: Any, spec: UpdateSpec, path: Path) -> None:
     """Load an update now, so that a model vLLM cannot adapt is found at start-up."""
-    from vllm.lora.request import LoRARequest
-
     adapter = adapters.acquire(LoraDelta.static(AdapterKey("", "", None, 0), spec))
     try:
-        engine.add_lora(LoRARequest("static", adapter.number, str(adapter.folder)))
+        engine.add_lora(adapter.request())
     except Exception as error:
         raise ModelError(
             f"vLLM cannot apply this bundle's updates to {path}: {error}. Serve it with the "

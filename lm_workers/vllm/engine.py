@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllm import LLMEngine, RequestOutput
-from vllm.lora.request import LoRARequest
 
 from adapter_gen.update import LoraDelta
 from cluster_router.wire.errors import (
@@ -60,6 +59,7 @@ class VllmEngine:
         engine: vLLM's, without a tokenizer.
         counters: records what `engine` tells of itself.
         adapters: updates as folders; None serves the base alone.
+        blank: what unadapted requests run under where vLLM needs something; None is nothing.
         texts: tokenizer with per-token texts.
         eos: token ids that end an answer.
         limits: what it takes.
@@ -71,12 +71,14 @@ class VllmEngine:
         engine: LLMEngine,
         counters: Counters,
         adapters: AdapterFolders | None,
+        blank: Adapter | None,
         texts: TokenTexts,
         eos: frozenset[int],
         limits: Limits,
         refuse: Items[Callable[[SamplingParams], None]] = (),
     ) -> None:
-        self._engine, self._counters, self._adapters = engine, counters, adapters
+        self._engine, self._counters = engine, counters
+        self._adapters, self._blank = adapters, blank
         self._texts, self._eos, self._limits, self._refuse = texts, eos, limits, refuse
         self._numbers = itertools.count()
         self._held: dict[str, _Running] = {}
@@ -198,10 +200,9 @@ class VllmEngine:
             self._adapters.release(adapter)
 
     def _submit(self, number: str, request: TokenizedRequest, adapter: Adapter | None) -> None:
+        adapter = adapter or self._blank
         params = convert(request.sampling, self._eos, adapter.shift if adapter else None)
-        lora = None
-        if adapter is not None:
-            lora = LoRARequest(adapter.folder.name, adapter.number, str(adapter.folder))
+        lora = None if adapter is None else adapter.request()
         prompt: Any = {"prompt_token_ids": list(request.prompt_tokens)}
         self._engine.add_request(number, prompt, params, lora_request=lora)
 

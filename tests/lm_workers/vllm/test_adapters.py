@@ -80,3 +80,15 @@ def test_closing_removes_every_folder(folders: Folders) -> None:
     adapter = folders.adapters.acquire(folders.delta(1))
     folders.adapters.close()
     assert not adapter.folder.exists()
+
+
+def test_the_blank_one_changes_nothing_and_stays(folders: Folders) -> None:
+    blank = folders.adapters.blank()
+    weights = load_file(blank.folder / "adapter_model.safetensors")
+    assert weights and not any(one.any() for one in weights.values())
+    assert blank.shift is None
+    for number in range(4):
+        adapter = folders.adapters.acquire(folders.delta(number))
+        assert adapter.number != blank.number
+        folders.adapters.release(adapter)
+    assert blank.folder.exists()
