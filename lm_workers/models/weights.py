@@ -78,6 +78,7 @@ def check_folder(folder: Path) -> Path:
     """Return `folder` if it holds a whole model and its tokenizer; else ModelError."""
     if not (folder / CONFIG).is_file():
         raise ModelError(f"{folder} has no {CONFIG}; {_hint(folder)}")
+    read_json(folder / CONFIG)
     if (folder / "adapter_config.json").exists():
         raise ModelError(f"{folder} holds a PEFT adapter; merge it into its base model first")
     stored_tensors(folder)
