@@ -212,7 +212,7 @@ def http_page(openapi: Schema) -> str:
         _MADE.format(source="the OpenAPI schema, cluster_router/openai"),
         "# HTTP API\n\nOpenAI's endpoints take OpenAI's fields, and what is marked *Extension*. A "
         "field that does not exist is refused, never ignored; one with a star is required. Every "
-        "answer carries `x-request-id`. The same as a schema is served at `/openapi.json`, and to "
+        "answer carries `x-request-id`. The same as a schema is [a file](openapi.json), served at `/openapi.json`, and to "
         "try out at `/docs`.\n",
     ]
     for path, methods in openapi["paths"].items():
