@@ -212,8 +212,8 @@ def http_page(openapi: Schema) -> str:
         _MADE.format(source="the OpenAPI schema, cluster_router/openai"),
         "# HTTP API\n\nOpenAI's endpoints take OpenAI's fields, and what is marked *Extension*. A "
         "field that does not exist is refused, never ignored; one with a star is required. Every "
-        "answer carries `x-request-id`. The same as a schema is [a file](openapi.json) and served at "
-        "`/openapi.json`; to try it out there is `/docs`.\n",
+        "answer carries `x-request-id`. The same as a schema is [a file](openapi.json) and served "
+        "at `/openapi.json`; to try it out there is `/docs`.\n",
     ]
     for path, methods in openapi["paths"].items():
         for method, operation in methods.items():
