@@ -210,7 +210,8 @@ def encode_snapshot(snapshot: ClusterSnapshot) -> bytes:
 def decode_snapshot(data: bytes) -> ClusterSnapshot:
     """Inverse of `encode_snapshot`; BundleError if a field is missing, unknown or malformed."""
     arrays = _decode_arrays(data, storage.SNAPSHOT)
-    _check_names(storage.SNAPSHOT, arrays, ClusterSnapshot.__dataclass_fields__)
+    # Bundles of before embeddings were centred have no centre, and are looked at from the origin.
+    _check_names(storage.SNAPSHOT, arrays.keys() | {"centre"}, ClusterSnapshot.__dataclass_fields__)
     _check_snapshot(arrays)
     return ClusterSnapshot.from_arrays(arrays)
 
