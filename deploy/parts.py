@@ -1,4 +1,4 @@
-"""Router, generator and LM replicas: what each builds, and how they reach each other.
+"""Router, generator and LM replicas: what each builds.
 
 The classes are plain; `deploy/app.py` decorates and binds them. Each wraps an object that knows
 nothing of Ray.
@@ -15,13 +15,11 @@ import ray
 from cachetools import LRUCache
 from fastapi import FastAPI
 from ray import serve
-from ray.serve.exceptions import ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from adapter_gen.bundle import Bundle
 from adapter_gen.export import export_peft, zip_files
 from adapter_gen.generator import AdapterGenerator
-from adapter_gen.update import LoraDelta
 from cluster_router.clusters import Assigner
 from cluster_router.delivery import Delivery
 from cluster_router.embedding import TokenEmbedder
@@ -54,6 +52,7 @@ from deploy.config import AppConfig, RequestLogConfig
 from deploy.learning import RouterLearning
 from deploy.logs import join_serve
 from deploy.refining import RouterRefining, refinement_store
+from deploy.remote import RemoteGenerator, RemoteWorker
 from deploy.reporting import (
     INTERVAL_S,
     EngineReporter,
@@ -72,15 +71,6 @@ from lm_workers.models import (
     resolve_model,
 )
 from lm_workers.worker import LMWorker
-
-_LOST = (
-    ray.exceptions.NodeDiedError,
-    ray.exceptions.ObjectLostError,
-    ray.exceptions.RayActorError,
-    ray.exceptions.WorkerCrashedError,
-    ReplicaUnavailableError,
-)
-"""What a call raises whose replica is gone, or out of reach."""
 
 
 def _load_bundle(config: AppConfig, info: ModelInfo) -> Bundle | None:
@@ -160,43 +150,6 @@ class GeneratorReplica:
         )
 
 
-class RemoteGenerator:
-    """The generators, seen through their handle. Satisfies AdapterSource and Exporter.
-
-    Calls for one update go to one generator, so that replicas which miss on it together share its
-    generation.
-
-    Without a bundle there is none, and no request is ever assigned an update.
-    """
-
-    def __init__(self, handle: DeploymentHandle | None) -> None:
-        self._handle = handle
-
-    async def get(self, key: AdapterKey, conditioning: Conditioning | None) -> LoraDelta:
-        """See AdapterGenerator.get; a reference whose object was lost is asked for once more."""
-        try:
-            return await self._fetch(key, conditioning)
-        except ray.exceptions.ObjectLostError:
-            return await self._fetch(key, conditioning)
-
-    async def export(
-        self, key: AdapterKey, conditioning: Conditioning | None, form: ExportForm
-    ) -> bytes:
-        """See GeneratorReplica.export."""
-        handle = self._deployed().options(session_id=key.id)
-        return await handle.export.remote(key, conditioning, form)
-
-    def _deployed(self) -> DeploymentHandle:
-        if self._handle is None:
-            raise UnavailableError("this service runs without a bundle; set `bundle` to adapt")
-        return self._handle
-
-    async def _fetch(self, key: AdapterKey, conditioning: Conditioning | None) -> LoraDelta:
-        handle = self._deployed().options(session_id=key.id)
-        [reference] = await handle.get.remote(key, conditioning)
-        return await reference
-
-
 class LMReplica:
     """Serves an engine."""
 
@@ -251,32 +204,6 @@ class LMReplica:
         """Let Serve replace a replica whose engine thread has died."""
         if not self._worker.alive:
             raise UnavailableError("the engine's thread has ended")
-
-
-class RemoteWorker:
-    """The LM replicas, seen through their handle. Satisfies Worker."""
-
-    def __init__(self, handle: DeploymentHandle) -> None:
-        self._handle = handle
-        self._streaming = handle.options(stream=True)
-
-    async def generate(self, request: TokenizedRequest) -> AsyncIterator[TokenChunk]:
-        """Stream from a replica that has the update, where one has room; closing cancels there."""
-        key = request.assignment.key
-        # Serve's router finds the key here: see deploy/affinity.py.
-        handle = self._streaming.options(session_id="" if key is None else key.id)
-        chunks = handle.generate.remote(request)
-        try:
-            async for chunk in chunks:
-                yield chunk
-        except _LOST as error:
-            raise UnavailableError("An LM replica was lost; send the request again.") from error
-        finally:
-            chunks.cancel()  # of no effect once the stream has ended
-
-    async def ready(self) -> bool:
-        """Whether a replica answers."""
-        return await self._handle.ready.remote()
 
 
 class RouterReplica:
