@@ -11,7 +11,7 @@ from cluster_router.wire.errors import OverloadedError, SetupError
 from cluster_router.wire.snapshot import ClusterSnapshot
 
 DIM = 24
-CONFIG = LearnerConfig(window=256, interval=64, split_gain=0.05)
+CONFIG = LearnerConfig(window=256, interval=64, split_gain=0.05, centre_after=128)
 
 
 def prompts(number: int, count: int = 128) -> np.ndarray:
