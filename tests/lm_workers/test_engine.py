@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -324,3 +325,26 @@ def test_cuda_equals_cpu(tiny_llama: Path, depth: Depth) -> None:
             [answer(engine, request(p), deltas[i % 3]) for i, p in enumerate(prompts(6))]
         )
     assert answers[0] == answers[1]
+
+
+def test_background_requests_only_while_half_of_everything_is_free(tiny_llama: Path) -> None:
+    engine = build_engine(tiny_llama, SMALL)
+    [prompt] = prompts(1)
+    scoring = replace(request(prompt, max_tokens=0, prompt_logprobs=0), background=True)
+    engine.add(scoring, None)
+    assert len(drain(engine)[scoring.request_id][0].prompt_logprobs or ()) == len(prompt)
+    engine.add(request(prompt), None)
+    with pytest.raises(OverloadedError, match="background"):
+        engine.add(scoring, None)  # one waits
+    engine.step()
+    engine.add(scoring, None)  # one of four runs
+    engine.abort(scoring.request_id)
+    engine.add(request(prompt), None)
+    while engine.num_waiting:
+        engine.step()
+    with pytest.raises(OverloadedError, match="background"):
+        engine.add(scoring, None)  # two of four run
+    drain(engine)
+    stats = engine.stats
+    assert stats.generated_tokens == 24
+    assert (stats.adapters, stats.adapter_loads, stats.adapter_evictions) == (0, 0, 0)
