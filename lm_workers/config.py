@@ -30,8 +30,8 @@ class EngineConfig(BaseModel):
         max_adapters: updates resident on the device; the least recently used makes room.
         max_wait_s: a request that has waited this long goes before every warm cluster.
         max_queued: requests waiting before new ones are refused.
-        linear: layout of the weights. `packed` is oneDNN's own, same numbers in less time; `auto`
-            takes it for bfloat16 on a CPU.
+        linear: layout of the weights. `packed` is laid out for this CPU's kernels, by oneDNN for
+            bfloat16 and by our own for float32; `auto` takes it wherever it is possible.
         kernels: what computes the rest of a layer. `native` is compiled C++ for a CPU; `auto` falls
             back to `reference`, plain torch, where there is no compiler.
         cpu_threads: threads of one step on a CPU; None is every core this process may use.

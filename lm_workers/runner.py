@@ -17,7 +17,7 @@ from lm_workers.kv_cache import KVCache
 from lm_workers.layers.head import AdaptedHead
 from lm_workers.layers.install import install
 from lm_workers.layers.kernels import Kernels
-from lm_workers.layers.linear import PackedProduct, PlainProduct
+from lm_workers.layers.linear import Product
 from lm_workers.layers.paged import PagedStep
 from lm_workers.sequence import Batch, Span
 
@@ -62,12 +62,12 @@ class ModelRunner:
         cache: KVCache,
         block_size: int,
         bank: AdapterBank | None,
-        layout: type[PlainProduct] | type[PackedProduct],
+        layout: type[Product],
         kernels: Kernels,
     ) -> None:
         self._device = model.device
         self._cache, self._block_size, self._kernels = cache, block_size, kernels
-        self._rows = RowSlots()
+        self._rows, self._min_rows = RowSlots(), layout.min_rows
         reference = self._reference(model)
         self.head = AdaptedHead(model.get_output_embeddings(), layout, kernels, bank)
         install(model, layout, kernels, bank, self._rows)
@@ -78,7 +78,7 @@ class ModelRunner:
     @torch.inference_mode()
     def step(self, batch: Batch) -> StepOutput:
         """Compute keys, values and final hidden states of every token in the batch."""
-        spans = _never_one(batch.spans) if batch.num_tokens == 1 else batch.spans
+        spans = self._enough(batch.spans) if batch.num_tokens == 1 else batch.spans
         tokens = [token for span in spans for token in span.sequence.tokens[span.start : span.stop]]
         positions = [place for span in spans for place in range(span.start, span.stop)]
         slots = self._slots(spans)
@@ -93,7 +93,7 @@ class ModelRunner:
     @torch.inference_mode()
     def logits(self, output: StepOutput, rows: list[int]) -> torch.Tensor:
         """Adapted logits [len(rows), vocab] of some of a step's rows."""
-        index = self._int64(_never_one(rows))
+        index = self._int64(self._enough(rows))
         slots = None if output.slots is None else output.slots[index]
         return self.head(output.hidden[index], slots)[: len(rows)]
 
@@ -109,6 +109,10 @@ class ModelRunner:
             kernels=self._kernels,
         ).last_hidden_state[0]
         return hidden
+
+    def _enough(self, rows: Sequence[T]) -> Sequence[T]:
+        """Repeat a lone row where it would be summed in another order than rows in company."""
+        return [*rows] * self._min_rows if len(rows) == 1 else rows
 
     def _int64(self, values: Sequence[int]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self._device)
@@ -171,15 +175,6 @@ class ModelRunner:
                 f"(by {float(error):.3g} at a scale of {float(scale):.3g}): its architecture does "
                 "something the engine does not carry, or its weights are not finite"
             )
-
-
-def _never_one(rows: Sequence[T]) -> Sequence[T]:
-    """Repeat a lone row.
-
-    Matrix-vector kernels sum in another order than matrix-matrix kernels. Without them a request
-    gets the same numbers, to the last bit, alone and in company.
-    """
-    return [*rows, *rows] if len(rows) == 1 else rows
 
 
 def scored_rows(rows: list[int]) -> list[list[int]]:

@@ -10,8 +10,8 @@
 
 namespace {
 
-constexpr int64_t KEYS = 32;  // keys that one round looks at, at fixed positions of the sequence
-constexpr int64_t TILE = 16;  // tokens that share one pass over the keys
+constexpr int64_t KEYS = 2 * W;  // keys that one round looks at, at fixed positions of the sequence
+constexpr int64_t TILE = 16;     // tokens that share one pass over the keys
 constexpr float NONE = -std::numeric_limits<float>::infinity();
 
 // What one thread of `attend` works with. Rows are the query heads of a tile's tokens.

@@ -10,29 +10,36 @@ from cluster_router.wire.errors import ConfigError
 from lm_workers.config import KernelsName, LayoutName
 from lm_workers.layers.compiler import CompileError
 from lm_workers.layers.kernels import Kernels
-from lm_workers.layers.linear import PackedProduct, PlainProduct
+from lm_workers.layers.linear import PackedProduct, PlainProduct, Product
 from lm_workers.layers.native import NATIVE_DTYPES, NativeKernels
+from lm_workers.layers.panels import PanelProduct, load_library
 from lm_workers.layers.reference import ReferenceKernels
 
 log = logging.getLogger(__name__)
 
 
-def choose_layout(
-    name: LayoutName, dtype: torch.dtype, device: str
-) -> type[PlainProduct] | type[PackedProduct]:
+def choose_layout(name: LayoutName, dtype: torch.dtype, device: str) -> type[Product]:
     """The layout of the weights.
 
     Raises:
         ConfigError: `packed` where there is no such layout.
     """
-    packs = device == "cpu" and dtype == torch.bfloat16 and _onednn_has_bfloat16()
-    if name == "packed" and not packs:
-        raise ConfigError(
-            f"linear: packed needs bfloat16 on a CPU that computes in it; this is {dtype} on "
-            f"{device}; use auto",
-            "linear",
-        )
-    return PlainProduct if name == "plain" or not packs else PackedProduct
+    if name == "plain":
+        return PlainProduct
+    reason = f"it is for float32 and bfloat16 on a CPU, not for {dtype} on {device}"
+    if device == "cpu" and dtype == torch.float32:
+        try:
+            load_library()
+            return PanelProduct
+        except CompileError as error:
+            reason = str(error)
+    if device == "cpu" and dtype == torch.bfloat16:
+        if _onednn_has_bfloat16():
+            return PackedProduct
+        reason = "this CPU does not compute in bfloat16"
+    if name == "packed":
+        raise ConfigError(f"linear: packed is not possible: {reason}; use auto", "linear")
+    return PlainProduct
 
 
 def choose_kernels(name: KernelsName, dtype: torch.dtype, device: str) -> Kernels:

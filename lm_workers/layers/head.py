@@ -8,7 +8,7 @@ from torch import nn
 
 from lm_workers.adapters import OFF, AdapterBank, UpdateTargets
 from lm_workers.layers.kernels import Kernels
-from lm_workers.layers.linear import LinearGroup, PackedProduct, PlainProduct
+from lm_workers.layers.linear import LinearGroup, Product
 
 
 class AdaptedHead:
@@ -25,7 +25,7 @@ class AdaptedHead:
     def __init__(
         self,
         lm_head: nn.Module,
-        layout: type[PlainProduct] | type[PackedProduct],
+        layout: type[Product],
         kernels: Kernels,
         bank: AdapterBank | None,
     ) -> None:

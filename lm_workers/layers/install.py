@@ -14,8 +14,8 @@ from lm_workers.layers.decoder import DecoderLayer, is_family
 from lm_workers.layers.kernels import Kernels
 from lm_workers.layers.linear import (
     LinearGroup,
-    PackedProduct,
     PlainProduct,
+    Product,
     RowUpdate,
     weight_of,
 )
@@ -23,7 +23,7 @@ from lm_workers.layers.linear import (
 
 def install(
     model: PreTrainedModel,
-    layout: type[PlainProduct] | type[PackedProduct],
+    layout: type[Product],
     kernels: Kernels,
     bank: AdapterBank | None,
     rows: RowSlots,
@@ -49,7 +49,7 @@ class Installer:
     def __init__(
         self,
         model: PreTrainedModel,
-        layout: type[PlainProduct] | type[PackedProduct],
+        layout: type[Product],
         kernels: Kernels,
         bank: AdapterBank | None,
         rows: RowSlots,

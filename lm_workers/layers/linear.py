@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +18,27 @@ _PACK_ROWS = 16
 """Rows that the packed layout is chosen for. The result is the same for any number."""
 
 
-class PlainProduct:
-    """x W^T + b as torch computes it. weight is [out, in]."""
+class Product(ABC):
+    """x W^T + b, in one layout of the weight [out, in].
+
+    Attributes:
+        min_rows: fewest rows that are summed in the same order as any other number of rows.
+    """
+
+    min_rows: ClassVar[int]
+
+    @abstractmethod
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None: ...
+
+    @abstractmethod
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """x [T, in] -> [T, out]."""
+
+
+class PlainProduct(Product):
+    """As torch computes it. A lone row is a matrix-vector product, summed in another order."""
+
+    min_rows = 2
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         self._weight, self._bias = weight, bias
@@ -27,11 +48,13 @@ class PlainProduct:
         return F.linear(x, self._weight, self._bias)
 
 
-class PackedProduct:
+class PackedProduct(Product):
     """The same numbers as `PlainProduct`, from weights that oneDNN has laid out for its kernels.
 
     Without it every call lays them out again, which takes longer than a small product.
     """
+
+    min_rows = 2
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _PACK_ROWS)
@@ -85,7 +108,7 @@ class LinearGroup(nn.Module):
     def __init__(
         self,
         members: Sequence[nn.Module],
-        layout: type[PlainProduct] | type[PackedProduct],
+        layout: type[Product],
         update: RowUpdate | None,
     ) -> None:
         super().__init__()

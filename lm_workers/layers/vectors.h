@@ -1,4 +1,5 @@
-// Vectors of 16 floats, whatever the CPU's registers hold, and the model's type T beside them.
+// Vectors of as many floats as one of the CPU's registers holds, and the model's type T beside them.
+// Wider ones would pass through memory: the compiler splits them, but does not keep the parts apart.
 
 #pragma once
 
@@ -8,7 +9,13 @@
 
 namespace {
 
-constexpr int64_t W = 16;    // floats in a vector
+#if defined(__AVX512F__)
+constexpr int64_t W = 16;  // floats in a vector
+#elif defined(__AVX__)
+constexpr int64_t W = 8;
+#else
+constexpr int64_t W = 4;
+#endif
 constexpr int64_t ROWS = 4;  // rows whose sums are held in registers together
 
 typedef float vf __attribute__((vector_size(4 * W)));

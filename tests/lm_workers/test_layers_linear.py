@@ -14,6 +14,7 @@ from cluster_router.wire.errors import ConfigError
 from lm_workers.layers import compiler
 from lm_workers.layers.choose import choose_kernels, choose_layout
 from lm_workers.layers.linear import LinearGroup, PackedProduct, PlainProduct
+from lm_workers.layers.panels import PanelProduct, is_bfloat16, load_library
 from lm_workers.layers.reference import ReferenceKernels
 
 packs = pytest.mark.skipif(
@@ -37,6 +38,34 @@ def test_packed_weights_give_the_same_bits_for_any_number_of_rows(shape: tuple[i
 
 
 @torch.inference_mode()
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", [(576, 960), (1536, 576), (33, 65), (8, 5)])
+def test_panels_give_the_numbers_of_the_plain_layout_and_the_same_bits_for_any_number_of_rows(
+    shape: tuple[int, int], stored: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    weight, bias = torch.randn(shape[1], shape[0]).to(stored).float(), torch.randn(shape[1])
+    x = torch.randn(140, shape[0] + 3)[:, : shape[0]]
+    assert is_bfloat16(weight) == (stored == torch.bfloat16)
+    expected = PlainProduct(weight, bias)(x)
+    panels = panel_product(weight, bias)
+    found = panels(x)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
+    assert not torch.equal(found, panel_product(weight, None)(x))
+    for rows in (1, 2, 3, 4, 5, 6, 7, 16, 33):
+        assert torch.equal(panels(x[:rows]), found[:rows])
+        assert torch.equal(panels(x[-rows:]), found[-rows:])
+    assert torch.equal(panel_product(weight.T.contiguous().T, bias)(x), found)
+
+
+def panel_product(weight: torch.Tensor, bias: torch.Tensor | None) -> PanelProduct:
+    try:
+        return PanelProduct(weight, bias)
+    except compiler.CompileError as error:
+        pytest.skip(f"no compiled products: {error}")
+
+
+@torch.inference_mode()
 def test_a_group_gives_what_its_members_give() -> None:
     torch.manual_seed(0)
     members = [nn.Linear(16, 8), nn.Linear(16, 24, bias=False), Conv1D(4, 16)]
@@ -49,10 +78,11 @@ def test_a_group_gives_what_its_members_give() -> None:
 
 def test_a_layout_or_kernel_that_cannot_run_is_refused() -> None:
     with pytest.raises(ConfigError, match="packed"):
-        choose_layout("packed", torch.float32, "cpu")
+        choose_layout("packed", torch.float16, "cpu")
     with pytest.raises(ConfigError, match="native"):
         choose_kernels("native", torch.float16, "cpu")
     assert choose_layout("plain", torch.bfloat16, "cpu") is PlainProduct
+    assert choose_layout("auto", torch.float32, "cuda") is PlainProduct
 
 
 def test_without_a_compiler_the_reference_runs_and_the_log_says_so(
@@ -60,8 +90,10 @@ def test_without_a_compiler_the_reference_runs_and_the_log_says_so(
 ) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     compiler.compile_library.cache_clear()
+    load_library.cache_clear()
     with caplog.at_level(logging.WARNING):
         assert isinstance(choose_kernels("auto", torch.float32, "cpu"), ReferenceKernels)
+        assert choose_layout("auto", torch.float32, "cpu") is PlainProduct
     assert "no-such-compiler" in caplog.text
     compiler.compile_library.cache_clear()
 
