@@ -48,13 +48,18 @@ void update_tile(T* y, int64_t y_stride, const T* x, int64_t x_stride, int64_t s
   std::vector<float> low(ROWS * rank), inner(ROWS * rank);
   const T* from[ROWS];
   for (int64_t r = 0; r < ROWS; r++) from[r] = x + std::min(r, rows - 1) * x_stride;
-  for (int64_t j = 0; j < rank; j++, v += size) {
-    vf acc[ROWS] = {};
+  for (int64_t j = 0; j < rank; j += 2) {
+    const T *one = v + j * size, *two = v + std::min(j + 1, rank - 1) * size;
+    vf acc[ROWS][2] = {};
     for (int64_t i = 0; i < size; i += W) {
-      vf weight = load(v + i, size - i);
-      for (int64_t r = 0; r < ROWS; r++) acc[r] += load(from[r] + i, size - i) * weight;
+      vf weights[2] = {load(one + i, size - i), load(two + i, size - i)};
+      for (int64_t r = 0; r < ROWS; r++) {
+        vf value = load(from[r] + i, size - i);
+        for (int64_t c = 0; c < 2; c++) acc[r][c] += value * weights[c];
+      }
     }
-    for (int64_t r = 0; r < ROWS; r++) low[r * rank + j] = sum(acc[r]);
+    for (int64_t r = 0; r < ROWS; r++)
+      for (int64_t c = 0; c < 2 && j + c < rank; c++) low[r * rank + j + c] = sum(acc[r][c]);
   }
   for (int64_t r = 0; r < rows; r++) {
     const T* core = cores + slots[r] * cores_stride;
@@ -65,16 +70,20 @@ void update_tile(T* y, int64_t y_stride, const T* x, int64_t x_stride, int64_t s
       inner[r * rank + i] = sum(acc);
     }
   }
-  for (int64_t o = 0; o < width; o += W) {
-    vf acc[ROWS] = {};
+  for (int64_t o = 0; o < width; o += 2 * W) {
+    vf acc[ROWS][2] = {};
+    int64_t left[2] = {width - o, std::max<int64_t>(0, width - o - W)};
     for (int64_t j = 0; j < rank; j++) {
-      vf weight = load(ut + j * ut_stride + o, width - o);
-      for (int64_t r = 0; r < ROWS; r++) acc[r] += inner[r * rank + j] * weight;
+      const T* from = ut + j * ut_stride + o;
+      vf weights[2] = {load(from, left[0]), left[1] ? load(from + W, left[1]) : vf{}};
+      for (int64_t r = 0; r < ROWS; r++)
+        for (int64_t c = 0; c < 2; c++) acc[r][c] += inner[r * rank + j] * weights[c];
     }
-    for (int64_t r = 0; r < rows; r++) {
-      T* to = y + r * y_stride + o;
-      if (slots[r]) store(to, load(to, width - o) + acc[r], width - o);
-    }
+    for (int64_t r = 0; r < rows; r++)
+      for (int64_t c = 0; c < 2 && slots[r] && left[c]; c++) {
+        T* to = y + r * y_stride + o + c * W;
+        store(to, load(to, left[c]) + acc[r][c], left[c]);
+      }
   }
 }
 

@@ -1,10 +1,10 @@
 // Products with float32 weights laid out in panels: y = x W^T + b.
 //
-// A panel holds 2 W output columns, input by input, so that a tile of a few rows and one panel keeps
-// its sums in registers and reads the weights as one stream. Where every weight is a bfloat16 number
-// the panel keeps 16 bits of each: columns j and W + j share a word, and widening is a shift and a
-// mask, both exact. Every sum runs over the inputs in their order, whatever the tile: a row's numbers
-// do not depend on the rows beside it.
+// A panel holds 2 W output columns, input by input, so that a tile of a few rows and one panel
+// keeps its sums in registers and reads the weights as one stream. Where every weight is a bfloat16
+// number the panel keeps 16 bits of each: columns j and W + j share a word, and widening is a shift
+// and a mask, both exact. Every sum runs over the inputs in their order, whatever the tile: a row's
+// numbers do not depend on the rows beside it.
 
 #include <algorithm>
 

@@ -1,5 +1,5 @@
-// Vectors of as many floats as one of the CPU's registers holds, and the model's type T beside them.
-// Wider ones would pass through memory: the compiler splits them, but does not keep the parts apart.
+// Vectors as wide as the CPU's registers, and the model's type T beside them. Wider ones would pass
+// through memory: the compiler splits them, but does not keep the parts in registers.
 
 #pragma once
 
@@ -81,27 +81,27 @@ inline vf rounded(vf v) {
 #endif
 }
 
+// The vector with its lanes moved down by `by`, round and round.
+inline vf turned(vf v, int64_t by) {
+  vi from;
+  for (int64_t i = 0; i < W; i++) from[i] = (i + by) % W;
+  return __builtin_shuffle(v, from);
+}
+inline vf larger(vf a, vf b) { return a > b ? a : b; }
+inline vf smaller(vf a, vf b) { return a < b ? a : b; }
 inline float sum(vf v) {
-  float s[W];
-  store(s, v);
-  for (int64_t half = W / 2; half; half /= 2)
-    for (int64_t i = 0; i < half; i++) s[i] += s[i + half];
-  return s[0];
+  for (int64_t half = W / 2; half; half /= 2) v += turned(v, half);
+  return v[0];
 }
 inline float largest(vf v) {
-  float s[W];
-  store(s, v);
-  for (int64_t half = W / 2; half; half /= 2)
-    for (int64_t i = 0; i < half; i++) s[i] = std::max(s[i], s[i + half]);
-  return s[0];
+  for (int64_t half = W / 2; half; half /= 2) v = larger(v, turned(v, half));
+  return v[0];
 }
 inline bool any(vi v) {
   int32_t found = 0;
   for (int64_t i = 0; i < W; i++) found |= v[i];
   return found != 0;
 }
-inline vf larger(vf a, vf b) { return a > b ? a : b; }
-inline vf smaller(vf a, vf b) { return a < b ? a : b; }
 
 // e^x to about two units in the last place; below -87 it gives e^-87, close enough to zero.
 inline vf exponential(vf x) {
