@@ -50,7 +50,8 @@ def test_panels_give_the_numbers_of_the_plain_layout_and_the_same_bits_for_any_n
     expected = PlainProduct(weight, bias)(x)
     panels = panel_product(weight, bias)
     found = panels(x)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
+    # Sums run in another order: of the largest number, as for the other kernels.
+    assert (found - expected).abs().max() <= 5e-6 * expected.abs().max()
     assert not torch.equal(found, panel_product(weight, None)(x))
     for rows in (1, 2, 3, 4, 5, 6, 7, 16, 33):
         assert torch.equal(panels(x[:rows]), found[:rows])
