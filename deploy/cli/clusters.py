@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from typing import Annotated, Any
 
 import typer
@@ -49,16 +50,22 @@ def _watch(service: Service, namespace: str | None, every: float) -> None:
     """Show the clusters until interrupted; grown ones say by how much since it began."""
     listed = service.get("/v1/clusters", namespace=namespace)
     first = {one["id"]: one["size"] for one in listed["data"]}
-    console = Console()
+    console = Console(highlight=False)
+    # In a pipe each look is printed after the last one; a terminal shows the latest in its place.
+    display = Live(console=console, screen=True, auto_refresh=False)
     try:
-        with Live(console=console, screen=console.is_terminal, auto_refresh=False) as live:
+        with display if console.is_terminal else nullcontext():
             while True:
-                live.update(_table(listed, first), refresh=True)
+                shown = _table(listed, first)
+                if console.is_terminal:
+                    display.update(shown, refresh=True)
+                else:
+                    console.print(shown)
                 time.sleep(every)
                 try:
                     listed = service.get("/v1/clusters", namespace=namespace)
                 except ChameleonError as error:
-                    live.console.print(f"{error}; looking again", markup=False)
+                    console.print(f"{error}; looking again", markup=False)
     except KeyboardInterrupt:
         show(_summary(listed))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -36,9 +37,14 @@ def test_clusters(service, chameleon) -> None:
 def test_clusters_are_watched_until_interrupted(service) -> None:
     command = [*MAIN, "clusters", "--watch", "--every", "0.1", "--url", service.url]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert "characteristic words" in process.stdout.readline()
-        process.send_signal(2)
-        assert "32 clusters" in process.communicate(timeout=60)[0]
+        heads = 0
+        for line in process.stdout:
+            heads += "characteristic" in line
+            if heads == 2:
+                break
+        process.send_signal(signal.SIGINT)
+        rest = process.communicate(timeout=60)[0]
+    assert heads == 2 and "32 clusters" in rest
     assert process.returncode == 0
 
 

@@ -40,9 +40,9 @@ def config(tmp_path: Path) -> Callable[..., Path]:
     return make
 
 
-@pytest.mark.parametrize("file", sorted(SHIPPED.parent.glob("*.yaml")), ids=lambda path: path.name)
-def test_shipped_configs_are_right(file: Path) -> None:
-    found = read_config(file, Overrides())
+@pytest.mark.parametrize("name", ["config.yaml", "multi_gpu.yaml"])
+def test_shipped_configs_are_right(name: str) -> None:
+    found = read_config(SHIPPED.with_name(name), Overrides())
     assert found.application == "chameleon" and found.port == 8000
 
 
@@ -99,19 +99,19 @@ def test_from_the_start_to_ctrl_c(tiny_llama: Path) -> None:
     port = free_port()
     options = ["--model", str(tiny_llama), "--bundle", "none", "--port", str(port)]
     with subprocess.Popen([*SERVE, *options], stderr=subprocess.PIPE, text=True) as process:
-        told = []
+        told = ""
         for line in process.stderr:
-            told.append(line)
-            if line.startswith("ready at"):
+            told += line
+            if "curl -N" in line:
                 break
-        else:
-            raise AssertionError("".join(told))
+        assert f"ready at http://127.0.0.1:{port}" in told, told
+        assert f"chameleon chat --url http://127.0.0.1:{port}" in told
         models = httpx.get(f"http://127.0.0.1:{port}/v1/models").json()["data"]
         assert models[0]["id"] == str(tiny_llama)
         process.send_signal(signal.SIGINT)
         rest = process.communicate(timeout=120)[1]
     assert process.returncode == 0
-    assert f"chameleon chat --url http://127.0.0.1:{port}" in rest and "Traceback" not in rest
+    assert "Traceback" not in rest
 
 
 def test_what_serve_refuses_ends_it(config, tmp_path: Path, tiny_llama: Path) -> None:
