@@ -11,6 +11,7 @@ from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
 
 from cluster_router.access import Access
+from cluster_router.console.routes import ASSETS, ConsoleState, console_routes
 from cluster_router.openai.errors import ErrorBody, error_answer
 from cluster_router.openai.guard import Guard
 from cluster_router.openai.inspection import inspection_routes
@@ -34,6 +35,7 @@ def build_app(
     return_request_id: bool = True,
     access: Access | None = None,
     max_body_bytes: int = MAX_BODY_BYTES,
+    console: ConsoleState | None = None,
 ) -> FastAPI:
     """The OpenAI-compatible API.
 
@@ -49,6 +51,7 @@ def build_app(
             itself, so turn it off there.
         access: lets callers in by their API keys, but for probes and schema; None lets everyone in.
         max_body_bytes: longest body that is read.
+        console: what the page at `/` shows; None serves no page.
     """
     app = FastAPI(
         redoc_url=None,
@@ -56,7 +59,12 @@ def build_app(
         summary="OpenAI-compatible API of a model that adapts to its traffic.",
         responses=_ERRORS,
     )
-    app.add_middleware(Guard, access=access, max_body_bytes=max_body_bytes)
+    app.add_middleware(
+        Guard,
+        access=access,
+        max_body_bytes=max_body_bytes,
+        unlocked=() if console is None else ASSETS,
+    )
     app.add_middleware(RequestIds, returned=return_request_id)  # the outer one: it answers errors
     for kind in (HTTPException, RequestValidationError):
         app.add_exception_handler(kind, _answer_error)
@@ -64,6 +72,8 @@ def build_app(
     bearer = [] if access is None else [Security(HTTPBearer(auto_error=False))]
     app.include_router(openai_routes(service, chat_max_tokens), dependencies=bearer)
     app.include_router(inspection_routes(service), dependencies=bearer)
+    if console is not None:
+        app.include_router(console_routes(service, console), dependencies=bearer)
 
     @app.get("/health", tags=["probes"], response_class=PlainTextResponse, summary="Is it alive")
     async def health() -> str:

@@ -13,6 +13,7 @@ from ray.serve.config import BackpressureConfig
 
 from deploy.affinity import router_config
 from deploy.config import AppConfig
+from deploy.console import BoardReplica
 from deploy.learning import LearnerReplica
 from deploy.parts import GeneratorReplica, LMReplica, RouterReplica
 from deploy.refining import RefineryReplica
@@ -23,7 +24,7 @@ _DRAIN_S = 120
 
 
 def build(config: AppConfig) -> Application:
-    """Bind router, learner, refinery, generator and LM replicas.
+    """Bind router, learner, refinery, generator, LM replicas and the console's board.
 
     Raises:
         pydantic.ValidationError: a setting is unknown or out of range.
@@ -58,6 +59,19 @@ def build(config: AppConfig) -> Application:
                 )
                 .bind(config)
             )
+    board = None
+    if config.console.enabled:
+        # Never more than one: what it was told is nowhere else.
+        board = (
+            serve.deployment(BoardReplica)
+            .options(
+                name="StatusBoard",
+                num_replicas=1,
+                max_ongoing_requests=1000,
+                ray_actor_options={"num_cpus": 0.05},
+            )
+            .bind()
+        )
     # Serve must let every request through to the engine, which has the queues by cluster and says
     # at once when they are full. Serve's own queues then hold requests for moments only, or while
     # there is no replica; they are bounded for that.
@@ -76,7 +90,7 @@ def build(config: AppConfig) -> Application:
             health_check_period_s=5,
             request_router_config=router_config(config.routing),
         )
-        .bind(config, generator)
+        .bind(config, generator, board)
     )
     router = serve.deployment(serve.ingress()(RouterReplica)).options(
         name="ClusterRouter",
@@ -87,4 +101,4 @@ def build(config: AppConfig) -> Application:
         graceful_shutdown_timeout_s=_DRAIN_S,
         ray_actor_options={"num_cpus": 0.1},
     )
-    return router.bind(config, lm, generator, learner, refinery)
+    return router.bind(config, lm, generator, learner, refinery, board)

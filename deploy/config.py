@@ -213,6 +213,18 @@ class RequestLogConfig(BaseModel):
         return namespace in self.namespaces or EVERY_NAMESPACE in self.namespaces
 
 
+class ConsoleConfig(BaseModel):
+    """The web page at `/`.
+
+    Attributes:
+        enabled: whether there is one, and a board that replicas report to each second.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    enabled: bool = True
+
+
 def _backend(settings: Any) -> str:
     if isinstance(settings, Mapping):
         return str(settings.get("backend", "built-in"))
@@ -248,6 +260,7 @@ class AppConfig(BaseModel):
         refinement: whose prompts clusters are refined on.
         metrics: what is measured of live traffic.
         request_log: whose requests are kept as text to train on.
+        console: the web page at `/`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -264,6 +277,7 @@ class AppConfig(BaseModel):
     refinement: RefinementConfig = RefinementConfig()
     metrics: MetricsConfig = MetricsConfig()
     request_log: RequestLogConfig = RequestLogConfig()
+    console: ConsoleConfig = ConsoleConfig()
 
     @property
     def name(self) -> str:

@@ -21,6 +21,10 @@ from adapter_gen.bundle import Bundle
 from adapter_gen.export import export_peft, zip_files
 from adapter_gen.generator import AdapterGenerator
 from cluster_router.clusters import Assigner
+from cluster_router.console.increments import Increments
+from cluster_router.console.layout import ClusterMap
+from cluster_router.console.reporter import PERIOD_S, RouterReporter
+from cluster_router.console.reports import EngineReport
 from cluster_router.delivery import Delivery
 from cluster_router.embedding import TokenEmbedder
 from cluster_router.gain import GainProbe
@@ -49,6 +53,7 @@ from cluster_router.wire.types import (
 )
 from deploy.affinity import routing_stats
 from deploy.config import AppConfig, RequestLogConfig
+from deploy.console import RemoteBoard, here
 from deploy.learning import RouterLearning
 from deploy.logs import join_serve
 from deploy.refining import RouterRefining, refinement_store
@@ -153,7 +158,12 @@ class GeneratorReplica:
 class LMReplica:
     """Serves an engine."""
 
-    def __init__(self, config: AppConfig, generator: DeploymentHandle | None) -> None:
+    def __init__(
+        self,
+        config: AppConfig,
+        generator: DeploymentHandle | None,
+        board: DeploymentHandle | None = None,
+    ) -> None:
         join_serve()
         path = resolve_model(config.model)
         bundle = _load_bundle(config, describe_model(path, config.name))
@@ -167,9 +177,11 @@ class LMReplica:
             patience_s=config.generator.patience_s,
         )
         self._reporter = EngineReporter()
-        self._reporting = asyncio.get_running_loop().create_task(
-            report_every(INTERVAL_S, self._report)
-        )
+        loop = asyncio.get_running_loop()
+        self._tasks = [loop.create_task(report_every(INTERVAL_S, self._report))]
+        if board is not None:
+            self._board, self._place = RemoteBoard(board), here()
+            self._tasks.append(loop.create_task(report_every(PERIOD_S, self._tell_board)))
 
     async def generate(self, request: TokenizedRequest) -> AsyncIterator[TokenChunk]:
         """See LMWorker.generate."""
@@ -191,6 +203,21 @@ class LMReplica:
 
     async def _report(self) -> None:
         self._reporter.report(await self._worker.stats())
+
+    async def _tell_board(self) -> None:
+        """Tell the console's board how this replica fares."""
+        stats = await self._worker.stats()
+        report = EngineReport(
+            running=stats.running,
+            waiting=stats.waiting,
+            tokens_ahead=stats.tokens_ahead,
+            prompt_tokens=stats.prompt_tokens,
+            cached_tokens=stats.cached_tokens,
+            preemptions=stats.preemptions,
+            kv_use=1 - stats.kv_free,
+            updates=len(self._worker.resident),
+        )
+        await self._board.hear_engine(self._place, report)
 
     async def check_integrity(self) -> EngineStats:
         """See LMWorker.check_integrity."""
@@ -216,6 +243,7 @@ class RouterReplica:
         generator: DeploymentHandle | None,
         learner: DeploymentHandle | None,
         refinery: DeploymentHandle | None,
+        board: DeploymentHandle | None = None,
     ) -> None:
         join_serve()
         self._config = config
@@ -256,7 +284,8 @@ class RouterReplica:
         self._learning, self._refining = learning, refining
         self._reporter = TrafficReporter(config.metrics.max_clusters)
         worker = Delivery(self._lm, config.router.attempts, timeout_s=config.router.timeout_s)
-        listeners = [self._reporter.ended, log_stream, trace_stream]
+        increments = Increments()
+        listeners = [self._reporter.ended, log_stream, trace_stream, increments.listen]
         self._traffic = Traffic(listeners=listeners)
         self._probe = GainProbe(worker, self._traffic.gained, config.metrics.gain_share)
         listeners.append(self._probe.ended)
@@ -283,6 +312,14 @@ class RouterReplica:
         ]
         if self._log is not None:
             self._tasks.append(loop.create_task(self._log.run(config.request_log.interval_s)))
+        self._board: RemoteBoard | None = None
+        if board is not None:
+            self._board = RemoteBoard(board)
+            plane = ClusterMap(snapshot.centroids, snapshot.mean)
+            reporter = RouterReporter(
+                here(), self._board, self._traffic, increments, learning.assigners, plane
+            )
+            self._tasks.append(loop.create_task(report_every(PERIOD_S, reporter.report)))
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """The HTTP API, built by Serve once the replica exists."""
@@ -293,6 +330,7 @@ class RouterReplica:
             return_request_id=False,  # Serve's proxy returns it
             access=self._access,
             max_body_bytes=self._config.access.max_body_bytes,
+            console=None if self._board is None else self._board.state,
         )
 
     async def generate(self, request: GenerateRequest) -> GenerateResult:

@@ -20,20 +20,22 @@ from deploy.metrics import NONE, OTHER, Meters
 from lm_workers.engine import EngineStats
 
 INTERVAL_S = 2.0
+_PATIENCE_S = 5.0
 
 logger = logging.getLogger(__name__)
 
 
 async def report_every(interval_s: float, report: Callable[[], Awaitable[None]]) -> NoReturn:
-    """Report for ever. What fails is logged once and tried again."""
+    """Report for ever. What fails, or does not end, is logged once and tried again."""
     failing = False
     while True:
         try:
-            await report()
+            async with asyncio.timeout(_PATIENCE_S):
+                await report()
             failing = False
-        except Exception:  # metrics are no reason to stop serving
+        except Exception:  # no report is a reason to stop serving
             if not failing:
-                logger.exception("metrics cannot be reported")
+                logger.exception("%s fails", report.__qualname__)
             failing = True
         await asyncio.sleep(interval_s)
 

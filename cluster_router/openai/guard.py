@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -14,14 +16,19 @@ _OPEN = frozenset({"/health", "/ready", "/docs", "/openapi.json"})
 """Paths that need no key: probes, and the description of the API."""
 
 
+def caller_of(request: Request) -> Caller:
+    """Who sends a request that the guard has let in."""
+    caller: Caller = request.scope.get(_KEY, ANYONE)
+    return caller
+
+
 def tenant_of(request: Request, asked: str | None) -> str:
     """The namespace of a request that asks for `asked`.
 
     Raises:
         ForbiddenError: its key speaks for another one.
     """
-    caller: Caller = request.scope.get(_KEY, ANYONE)
-    return caller.tenant(asked)
+    return caller_of(request).tenant(asked)
 
 
 class Guard:
@@ -31,18 +38,26 @@ class Guard:
         app: what is guarded.
         access: None lets everyone in.
         max_body_bytes: longest body.
+        unlocked: more paths that need no key.
     """
 
-    def __init__(self, app: ASGIApp, access: Access | None, max_body_bytes: int) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        access: Access | None,
+        max_body_bytes: int,
+        unlocked: Collection[str] = (),
+    ) -> None:
         self._app = app
         self._access = access
         self._most = max_body_bytes
+        self._open = _OPEN.union(unlocked)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request."""
         if scope["type"] == "http":
             headers = Headers(scope=scope)
-            if self._access is not None and _route(scope) not in _OPEN:
+            if self._access is not None and _route(scope) not in self._open:
                 scope[_KEY] = await self._access.admit(headers.get("authorization", ""))
             told = headers.get("content-length", "")
             if told.isascii() and told.isdigit():

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 from collections.abc import Mapping
 
 import pytest
 
 from cluster_router.traffic import Traffic
+from cluster_router.wire.errors import UnavailableError
 from cluster_router.wire.types import (
     AdapterKey,
     Assignment,
@@ -15,7 +18,7 @@ from cluster_router.wire.types import (
     TokenizedRequest,
 )
 from deploy.metrics import NONE, OTHER, Meters
-from deploy.reporting import TrafficReporter
+from deploy.reporting import TrafficReporter, report_every
 
 
 class RecordingMeters(Meters):
@@ -88,3 +91,22 @@ def test_the_tables_meters_are_made_and_refuse_what_is_not_in_it() -> None:
     meters.total("preemptions", 0)
     with pytest.raises(KeyError):
         meters.set("streams_in_flight", 1)
+
+
+async def test_reports_that_fail_cost_one_line_of_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING)
+    calls = asyncio.Event()
+    asked = 0
+
+    async def failing() -> None:
+        nonlocal asked
+        asked += 1
+        if asked == 3:
+            calls.set()
+        raise UnavailableError("no board")
+
+    reporting = asyncio.create_task(report_every(0.001, failing))
+    await asyncio.wait_for(calls.wait(), 10)
+    reporting.cancel()
+    [warning] = caplog.messages
+    assert "failing" in warning
