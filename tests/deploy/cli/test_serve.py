@@ -58,7 +58,7 @@ def test_options_replace_the_config() -> None:
     ("args", "message"),
     [
         ({"colour": "red"}, "colour: Extra inputs are not permitted"),
-        ({"engine": {"max_sequences": 0}}, "engine.max_sequences: Input should be greater than 0"),
+        ({"engine": {"max_sequences": 0}}, "max_sequences: Input should be greater than 0"),
         ({"bundle": "nothing"}, "'nothing' is neither a directory nor a shipped bundle"),
         ({"model": "./nowhere"}, "give a folder"),
         ({"access": {"keys": "/nowhere/keys.yaml"}}, "cannot read API keys"),
