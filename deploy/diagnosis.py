@@ -19,7 +19,7 @@ from deploy.cli.version import installed
 Verdict = Literal["ok", "warn", "fail"]
 GIB = 2**30
 NEEDED_MEMORY = 3 * GIB
-"""Measured for the default model: Ray, its processes and the weights in float32."""
+"""An estimate for the default model: Ray, its processes, the weights in float32, KV cache."""
 NEEDED_DISK = GIB
 PORTS = {8000: "HTTP of the service", 8265: "Ray's dashboard"}
 
