@@ -12,12 +12,18 @@ from torch import nn
 
 from adapter_gen.sites import discover_sites
 from adapter_gen.update import Depth, UpdateSpec
-from lm_workers.models import fingerprint, load_causal_lm, load_tokenizer, resolve_model
+from lm_workers.models import (
+    fingerprint,
+    load_causal_lm,
+    load_tokenizer,
+    resolve_dtype,
+    resolve_model,
+)
 
 
 @dataclass(frozen=True)
 class FrozenBase:
-    """One base model at `path`, loaded in bfloat16 when first needed.
+    """One base model at `path`, loaded when first needed, in the fastest dtype of the device.
 
     Loading is put off because a run whose features are cached never runs the model itself.
     """
@@ -43,17 +49,17 @@ class FrozenBase:
     @cached_property
     def model(self) -> nn.Module:
         """The causal LM, frozen."""
-        return load_causal_lm(self.path, torch.bfloat16, self.device)
+        return load_causal_lm(self.path, resolve_dtype("auto", self.device), self.device)
 
     @cached_property
     def head(self) -> torch.Tensor:
-        """bfloat16 [vocabulary, d], the weight of the LM head."""
+        """[vocabulary, d] in the model's dtype, the weight of the LM head."""
         weight: torch.Tensor = self.model.get_output_embeddings().weight  # type: ignore[operator]
         return weight.detach()
 
     @cached_property
     def embedding(self) -> torch.Tensor:
-        """bfloat16 [vocabulary, d], the input embedding."""
+        """[vocabulary, d] in the model's dtype, the input embedding."""
         weight: torch.Tensor = self.model.get_input_embeddings().weight  # type: ignore[operator]
         return weight.detach()
 
