@@ -16,7 +16,7 @@ from torch import Tensor
 from adapter_gen.hypernetwork import Generated
 from adapter_gen.update import LoraDelta, SharedBases, UpdateSpec
 from cluster_router.wire.errors import DeltaError, RequestError
-from cluster_router.wire.types import ExportForm
+from cluster_router.wire.forms import ExportForm
 
 _CARD = """\
 ---

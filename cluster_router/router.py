@@ -13,6 +13,7 @@ from cluster_router.tenants import TenantAssigners
 from cluster_router.tracing import preparing
 from cluster_router.traffic import Traffic
 from cluster_router.wire.errors import EngineError
+from cluster_router.wire.forms import ExportForm
 from cluster_router.wire.types import (
     DEFAULT_NAMESPACE,
     Adaptation,
@@ -20,7 +21,6 @@ from cluster_router.wire.types import (
     Assignment,
     ClusterInfo,
     Conditioning,
-    ExportForm,
     GenerateRequest,
     GenerateResult,
     Observation,

@@ -14,7 +14,7 @@ from adapter_gen.generator import AdapterGenerator
 from adapter_gen.storage import read_file, read_manifest, write_file
 from cluster_router.vocabulary import CharacteristicTokens
 from cluster_router.wire.errors import BundleError, ChameleonError, UnknownClusterError
-from cluster_router.wire.types import ExportForm
+from cluster_router.wire.forms import ExportForm
 from lm_workers.models import (
     describe_model,
     load_embedding,

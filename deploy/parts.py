@@ -38,6 +38,7 @@ from cluster_router.tracing import trace_stream
 from cluster_router.traffic import Traffic
 from cluster_router.vocabulary import CharacteristicTokens
 from cluster_router.wire.errors import BundleError, UnavailableError
+from cluster_router.wire.forms import ExportForm
 from cluster_router.wire.snapshot import ClusterSnapshot
 from cluster_router.wire.types import (
     DEFAULT_NAMESPACE,
@@ -45,7 +46,6 @@ from cluster_router.wire.types import (
     Assignment,
     ClusterInfo,
     Conditioning,
-    ExportForm,
     GenerateRequest,
     GenerateResult,
     TokenChunk,

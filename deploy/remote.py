@@ -10,10 +10,10 @@ from ray.serve.handle import DeploymentHandle
 
 from adapter_gen.update import LoraDelta
 from cluster_router.wire.errors import UnavailableError
+from cluster_router.wire.forms import ExportForm
 from cluster_router.wire.types import (
     AdapterKey,
     Conditioning,
-    ExportForm,
     TokenChunk,
     TokenizedRequest,
 )

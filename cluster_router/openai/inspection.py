@@ -19,10 +19,10 @@ from cluster_router.openai.guard import tenant_of
 from cluster_router.openai.schema import AssignmentView, ClusterList, ClusterView
 from cluster_router.openai.service import ServiceSource
 from cluster_router.wire.errors import RequestError
+from cluster_router.wire.forms import ExportForm
 from cluster_router.wire.types import (
     DEFAULT_NAMESPACE,
     ClusterInfo,
-    ExportForm,
     GenerateRequest,
     Namespace,
     SamplingParams,

@@ -16,14 +16,6 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 FinishReason = Literal["stop", "length", "abort"]
 FloatArray = NDArray[np.float32]
 
-ExportForm = Literal["whole", "plain", "linears"]
-"""What the reader of an exported adapter can take.
-
-- `whole`: all of the update; the shift needs `lora_bias`, which PEFT has and servers have not.
-- `plain`: LoRA alone, the head's too; leaves the shift out. What vLLM takes.
-- `linears`: for readers without LoRA on the LM head; leaves out all that acts there.
-"""
-
 DEFAULT_NAMESPACE = ""
 """Namespace of requests that name none."""
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from cluster_router.wire.types import ExportForm
+from cluster_router.wire.forms import ExportForm
 from deploy.cli.output import Json, print_json, show, table
 from training.terminal import FAILED, command_line
 
