@@ -109,15 +109,17 @@ async def save(page: Page, name: str) -> None:
 async def compare(page: Page, prompt: str) -> None:
     """Run the try-it box to its end."""
     await page.get_by_label("Prompt", exact=True).fill(prompt)
-    await page.get_by_label("Tokens").fill("72")
-    await page.get_by_role("button", name="Run").click()
+    await page.locator("#tokens").fill("72")
+    await page.locator("#run").click()
     await page.locator("#verdict:not(:empty)").wait_for(timeout=180_000)
 
 
 async def shoot(url: str, executable: str, warm_s: float) -> None:
     """Warm up, and take every picture."""
     sending = [asyncio.create_task(traffic(url, *one)) for one in (("", 1), ("", 2), ("shop", 3))]
-    await asyncio.sleep(warm_s)
+    done, _ = await asyncio.wait(sending, timeout=warm_s)
+    for failed in done:  # it ends only if something is wrong: no pictures of an idle service
+        failed.result()
     async with async_playwright() as playwright:
         browser = await playwright.chromium.launch(executable_path=executable, args=FLAGS)
         page = await browser.new_page(viewport={"width": 1440, "height": 900})
