@@ -26,4 +26,8 @@ def schema() -> dict[str, Any]:
     async def ready() -> str | None:
         return None
 
-    return build_app(service, ready, access=Access(lambda: ())).openapi()
+    async def state(_: object) -> NoReturn:
+        service()
+
+    app = build_app(service, ready, access=Access(lambda: ()), console=state)
+    return app.openapi()

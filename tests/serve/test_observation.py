@@ -134,7 +134,7 @@ def test_logs_are_structured_and_name_the_request(
     service, logs: Path, asked: dict[str, Any]
 ) -> None:
     def ended() -> list[dict[str, Any]]:
-        found = lines(logs, "replica_*ClusterRouter*.log")
+        found = lines(logs, "replica_chameleon_ClusterRouter*.log")
         return [
             line for line in found if line.get("request_id") == asked["id"] and "stream" in line
         ]
@@ -143,7 +143,7 @@ def test_logs_are_structured_and_name_the_request(
     adaptation = asked["adapted"]["adaptation"]
     assert (line["mode"], line["cluster"]) == ("cluster", adaptation["cluster"])
     assert (line["output_tokens"], line["outcome"], line["levelname"]) == (4, "length", "INFO")
-    of_the_engine = lines(logs, "replica_*LMReplica*.log")
+    of_the_engine = lines(logs, "replica_chameleon_LMReplica*.log")
     assert any(line.get("request_id") == asked["id"] for line in of_the_engine)
 
 
