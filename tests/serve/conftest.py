@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 import sys
@@ -16,6 +17,8 @@ import pytest
 import ray
 import yaml
 from openai import AsyncOpenAI, OpenAI
+
+from deploy.proxy import CALLBACK, SETTING
 
 ROOT = Path(__file__).parents[2]
 
@@ -64,6 +67,7 @@ def service(tmp_path_factory: pytest.TempPathFactory, default_model: Path) -> It
     port = free_port()
     config = folder / "config.yaml"
     config.write_text(yaml.safe_dump(settings(port)))
+    os.environ[SETTING] = CALLBACK  # inherited by the proxy
     context = ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False)
     address = str(context.address_info["address"])
     with (folder / "log").open("w") as log:

@@ -1,0 +1,39 @@
+"""A new bundle under load: nobody notices but by the update's name."""
+
+from __future__ import annotations
+
+import asyncio
+
+import httpx
+import pytest
+from reliability.load import Load, ask, counted
+
+from .conftest import Struck, write_bundle
+
+pytestmark = pytest.mark.serve
+
+
+async def test_a_new_bundle_comes_without_a_failed_request(struck: Struck) -> None:
+    newer = struck.bundle.with_name("newer")
+    write_bundle(struck.model, newer, seed=1)
+
+    def keys() -> set[str]:
+        answer = httpx.get(f"{struck.url}/v1/clusters", timeout=60).raise_for_status()
+        return {one["adapter_key"] for one in answer.json()["data"]}
+
+    before = keys()
+    load = Load(struck.url, struck.body, callers=4)
+    async with (
+        httpx.AsyncClient(base_url=struck.url, timeout=120) as http,
+        load.running(),
+    ):
+        long = asyncio.create_task(ask(http, struck.body(max_tokens=6000)))
+        await asyncio.sleep(0.5)
+        await asyncio.to_thread(struck.deploy, bundle=str(newer))
+        told = await ask(http, struck.body(adaptation=0))
+        assert (await long).kind == "done", "on the replica that it had begun on"
+    assert counted(load.outcomes).keys() == {"done"}, [
+        one for one in load.outcomes if one.kind != "done"
+    ]
+    assert told.adaptation["adapter_key"] in keys()
+    assert not keys() & before
