@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import AsyncIterator
+from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
 from playwright.async_api import Page, async_playwright, expect
-
-from .conftest import Service
 
 pytestmark = pytest.mark.serve
 
@@ -27,7 +26,7 @@ PATIENCE_MS = 120_000
 
 
 @pytest.fixture
-async def page(service: Service) -> AsyncIterator[Page]:
+async def page(service: Any) -> AsyncIterator[Page]:
     """The console, opened. Ends with an assertion that the page had no error and called nobody."""
     if CHROMIUM is None:
         pytest.skip("needs Chromium (`apt install chromium`, or CHROMIUM=/path/to/it)")
@@ -47,7 +46,7 @@ async def page(service: Service) -> AsyncIterator[Page]:
     assert hosts - {""} == {urlsplit(service.url).netloc}
 
 
-async def test_clusters_and_replicas_are_shown(page: Page, service: Service) -> None:
+async def test_clusters_and_replicas_are_shown(page: Page, service: Any) -> None:
     expect.set_options(timeout=PATIENCE_MS)
     await expect(page.locator("#status")).to_have_text("Live")
     known = len((await service.async_openai().get("/clusters", cast_to=object))["data"])
@@ -81,7 +80,7 @@ async def test_one_prompt_is_answered_adapted_and_unadapted(page: Page) -> None:
 async def test_dark_and_narrow(page: Page) -> None:
     expect.set_options(timeout=PATIENCE_MS)
     await expect(page.locator("#status")).to_have_text("Live")
-    seen = "getComputedStyle(document.body).backgroundColor"
+    seen = "getComputedStyle(document.documentElement).backgroundColor"
     await page.emulate_media(color_scheme="light")
     light = await page.evaluate(seen)
     await page.emulate_media(color_scheme="dark")

@@ -13,10 +13,10 @@ from cluster_router.wire.errors import DeadlineError
 from cluster_router.wire.types import SamplingParams
 from deploy.client import connect
 
-from .conftest import APP, Struck
+from .conftest import APP, ASKED_FOR, Struck
 from .test_disconnects import idle
 
-pytestmark = pytest.mark.serve
+pytestmark = [pytest.mark.serve, ASKED_FOR]
 
 ENDLESS = 8000
 """Tokens that take far longer than the deadlines here."""

@@ -12,9 +12,9 @@ import pytest
 from reliability.load import NO_LIMIT, ask
 from reliability.processes import until
 
-from .conftest import Struck, integrity
+from .conftest import ASKED_FOR, Struck, integrity
 
-pytestmark = pytest.mark.serve
+pytestmark = [pytest.mark.serve, ASKED_FOR]
 
 LEAVERS = 150
 LONG = 4000

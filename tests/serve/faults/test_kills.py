@@ -6,9 +6,9 @@ import httpx
 import pytest
 from reliability.strike import Strike, strike
 
-from .conftest import APP, Struck
+from .conftest import APP, ASKED_FOR, Struck
 
-pytestmark = pytest.mark.serve
+pytestmark = [pytest.mark.serve, ASKED_FOR]
 
 CALLERS = 6
 

@@ -10,9 +10,9 @@ import pytest
 from reliability.load import NO_LIMIT, Load, ask, counted
 from reliability.processes import measured, replica, until
 
-from .conftest import APP, CAPACITY, Struck, integrity
+from .conftest import APP, ASKED_FOR, CAPACITY, Struck, integrity
 
-pytestmark = pytest.mark.serve
+pytestmark = [pytest.mark.serve, ASKED_FOR]
 
 LM = replica(APP, "LMReplica")
 MIB = 2**20

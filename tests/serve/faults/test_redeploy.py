@@ -8,9 +8,9 @@ import httpx
 import pytest
 from reliability.load import Load, ask, counted
 
-from .conftest import Struck, write_bundle
+from .conftest import ASKED_FOR, Struck, write_bundle
 
-pytestmark = pytest.mark.serve
+pytestmark = [pytest.mark.serve, ASKED_FOR]
 
 
 async def test_a_new_bundle_comes_without_a_failed_request(struck: Struck) -> None:
