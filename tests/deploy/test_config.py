@@ -1,8 +1,6 @@
 from __future__ import annotations
 
-import logging
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,22 +10,10 @@ from pydantic import ValidationError
 from cluster_router.wire.errors import BundleError, ConfigError, ModelError
 from deploy.app import build
 from deploy.config import SHIPPED, AppConfig
-from deploy.logs import PACKAGES
 from deploy.parts import GeneratorReplica, LMReplica
 
 ROOT = Path(__file__).parents[2]
 DEFAULT = "smollm2-135m-instruct"
-
-
-@pytest.fixture(autouse=True)
-def loggers_as_they_were() -> Iterator[None]:
-    """A replica turns its process's loggers to Serve's; this process has other tests to run."""
-    found = [logging.getLogger(name) for name in PACKAGES]
-    before = [(one.handlers, one.level, one.propagate) for one in found]
-    yield
-    for logger, (handlers, level, propagate) in zip(found, before, strict=True):
-        logger.handlers, logger.propagate = handlers, propagate
-        logger.setLevel(level)
 
 
 def test_the_shipped_config_is_valid_and_names_real_deployments() -> None:

@@ -103,6 +103,19 @@ def test_the_running_text_of_the_evaluation_is_no_domain(tmp_path: Path) -> None
     assert open_reader(tmp_path, KEEP, tmp_path / ".cache").domains() == ["tales"]
 
 
+def test_a_subfolder_without_texts_is_left_out_and_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw" / "rows.jsonl").write_text('\n{"question": "why", "answer": "so"}\n')
+    with pytest.raises(ConfigError, match=r"no column 'text', only question, answer; set data"):
+        open_reader(tmp_path, KEEP, tmp_path / ".cache")
+    _jsonl(tmp_path, ROWS)
+    caplog.clear()
+    assert open_reader(tmp_path, KEEP, tmp_path / ".cache").domains() == ["tales"]
+    assert "rows.jsonl is left out: it has no column 'text'" in caplog.text
+
+
 @pytest.mark.parametrize("write", [_jsonl, _parquet])
 def test_columns_can_be_named(tmp_path: Path, write: Callable[[Path, Rows], None]) -> None:
     rows = [

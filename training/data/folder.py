@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -24,6 +25,7 @@ _ACCEPTED = (
     "and folders <domain>/ of .txt, .md, .jsonl or .jsonl.gz files"
 )
 _PARTS = (".jsonl", ".jsonl.gz")
+_logger = logging.getLogger(__name__)
 
 
 class _Found(NamedTuple):
@@ -48,6 +50,8 @@ def folder_sources(folder: Path, columns: Columns) -> list[Source]:
             "data",
         )
     found = [one for path in sorted(folder.iterdir()) for one in _find(path, columns)]
+    # Where nothing at all has the column, reading it says which setting to change.
+    found = [one for one in found if not _is_stray(one.table, folder, columns)] or found
     if not found:
         raise ConfigError(f"data folder {folder} holds no data; it may hold {_ACCEPTED}", "data")
     present: dict[str | None, set[Split]] = {}
@@ -58,6 +62,22 @@ def folder_sources(folder: Path, columns: Columns) -> list[Source]:
         Source(table, columns, domain, shares_of(split, present.get(domain, set())))
         for table, domain, split in found
     ]
+
+
+def _is_stray(table: Table, folder: Path, columns: Columns) -> bool:
+    """Whether it only lies in a subfolder, raw data perhaps, and has no texts in it."""
+    if not isinstance(table, JsonLines) or table.path.parent == folder:
+        return False
+    present = table.columns()
+    if not present or columns.text in present:
+        return False
+    _logger.warning(
+        "%s is left out: it has no column %r (data.text_column), only %s",
+        table.name,
+        columns.text,
+        ", ".join(present),
+    )
+    return True
 
 
 def _find(path: Path, columns: Columns) -> list[_Found]:

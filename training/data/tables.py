@@ -105,6 +105,17 @@ class JsonLines:
         """Lines."""
         return sum(1 for _ in self._lines())
 
+    def columns(self) -> list[str]:
+        """Of the first row.
+
+        Raises:
+            ConfigError: it cannot be read.
+        """
+        for number, line in enumerate(self._lines(), start=1):
+            if not line.isspace():
+                return list(self._parse(number, line))
+        return []
+
     def rows(self, columns: Columns) -> Iterator[tuple[int, Row]]:
         """One row a line."""
         for number, line in enumerate(self._lines(), start=1):
