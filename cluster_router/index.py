@@ -45,7 +45,7 @@ class FaissIndex:
     (FAISS sums in another order for each), and duplicates of a centroid tie exactly.
 
     The candidates are exact, but for few queries against 4,096 centroids or more on a CPU: there
-    reading the centroids is what takes the time, so a copy with a byte a number proposes. What it
+    reading the centroids is what takes the time, so a copy rounded to whole bytes proposes. What it
     misses is a centroid that 24 others come within rounding (about 0.001) of.
 
     Raises:
@@ -65,10 +65,11 @@ class FaissIndex:
         self._index = index
         self._bytes: faiss.Index | None = None
         if not self._on_gpu and len(self._centroids) >= _BYTES_FROM:
-            kind = faiss.ScalarQuantizer.QT_8bit
+            # Of FAISS's kinds with a byte a number, the one that multiplies whole numbers: 10,000
+            # centroids take it a third of the time that scaling each back takes.
+            kind = faiss.ScalarQuantizer.QT_8bit_direct_signed
             self._bytes = faiss.IndexScalarQuantizer(dim, kind, faiss.METRIC_INNER_PRODUCT)
-            self._bytes.train(self._centroids)
-            self._bytes.add(self._centroids)
+            self._bytes.add(_whole_bytes(self._centroids))
 
     def search(self, queries: FloatArray, k: int) -> tuple[FloatArray, IntArray]:
         """See `CentroidIndex.search`."""
@@ -88,7 +89,7 @@ class FaissIndex:
     def _candidates(self, queries: FloatArray, k: int) -> IntArray:
         index, margin = self._index, _TIE_MARGIN
         if self._bytes is not None and len(queries) < _FEW:
-            index, margin = self._bytes, _BYTES_MARGIN
+            index, margin, queries = self._bytes, _BYTES_MARGIN, _whole_bytes(queries)
         with self._lock, _faiss_threads(len(queries)):
             return index.search(queries, min(k + margin, len(self._centroids)))[1]  # [N, count]
 
@@ -101,6 +102,12 @@ class FaissIndex:
         order = np.argsort(-similarities, axis=1, kind="stable")[:, :k]
         picked = np.arange(len(rows))[:, None], order
         return similarities[picked], rows[picked]
+
+
+def _whole_bytes(rows: FloatArray) -> FloatArray:
+    """`rows` at a scale, the same for all, at which they can be rounded to -127...127; rounded."""
+    most = np.abs(rows).max() or np.float32(1)
+    return np.rint(rows / most * np.float32(127))
 
 
 def spherical_kmeans(

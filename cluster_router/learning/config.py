@@ -40,9 +40,9 @@ class LearnerConfig(BaseModel):
     split_gain: Annotated[float, Field(gt=0, lt=1)] = 0.001
     merge_loss: Annotated[float, Field(ge=0, lt=1)] = 0.0003
     idle: Annotated[int, Field(gt=0)] = 16_384
-    drift: Annotated[float, Field(gt=0)] = 0.4
-    growth: Annotated[float, Field(gt=1)] = 6.0
-    settled: Annotated[int, Field(ge=0)] = 100
+    drift: Annotated[float, Field(gt=0)] = 0.5
+    growth: Annotated[float, Field(gt=1)] = 8.0
+    settled: Annotated[int, Field(ge=0)] = 64
     centre_after: Annotated[int, Field(gt=0)] | None = 512
     threshold_percentile: Annotated[float, Field(ge=0, lt=50)] = 0.5
 
