@@ -21,6 +21,8 @@ from deploy.refining import RefineryReplica
 _FULL = BackpressureConfig(status_code=429, retry_after_s=1)
 _DRAIN_S = 120
 """How long a replica that is being replaced may take to end the answers that it has begun."""
+_HEALTH_S = 2
+"""How often Serve looks whether a replica lives, so how long it may miss one that was killed."""
 
 
 def build(config: AppConfig) -> Application:
@@ -36,6 +38,7 @@ def build(config: AppConfig) -> Application:
             serve.deployment(GeneratorReplica)
             .options(
                 name="AdapterGenerator",
+                health_check_period_s=_HEALTH_S,
                 ray_actor_options={"num_cpus": 0.1},
                 request_router_config=router_config(config.routing),
             )
@@ -46,7 +49,10 @@ def build(config: AppConfig) -> Application:
             learner = (
                 serve.deployment(LearnerReplica)
                 .options(
-                    name="CentroidLearner", num_replicas=1, ray_actor_options={"num_cpus": 0.1}
+                    name="CentroidLearner",
+                    num_replicas=1,
+                    health_check_period_s=_HEALTH_S,
+                    ray_actor_options={"num_cpus": 0.1},
                 )
                 .bind(config)
             )
@@ -55,7 +61,10 @@ def build(config: AppConfig) -> Application:
             refinery = (
                 serve.deployment(RefineryReplica)
                 .options(
-                    name="ClusterRefinery", num_replicas=1, ray_actor_options={"num_cpus": 0.1}
+                    name="ClusterRefinery",
+                    num_replicas=1,
+                    health_check_period_s=_HEALTH_S,
+                    ray_actor_options={"num_cpus": 0.1},
                 )
                 .bind(config)
             )
@@ -87,13 +96,14 @@ def build(config: AppConfig) -> Application:
             graceful_shutdown_wait_loop_s=0.5,
             graceful_shutdown_timeout_s=_DRAIN_S,
             ray_actor_options={"num_cpus": 0.5},
-            health_check_period_s=5,
+            health_check_period_s=_HEALTH_S,
             request_router_config=router_config(config.routing),
         )
         .bind(config, generator, board)
     )
     router = serve.deployment(serve.ingress()(RouterReplica)).options(
         name="ClusterRouter",
+        health_check_period_s=_HEALTH_S,
         max_ongoing_requests=most,
         max_queued_requests=most,
         backpressure_config=_FULL,
