@@ -32,6 +32,15 @@ Cache = Annotated[Path | None, typer.Option(help=_CACHE_HELP)]
 Licences = Annotated[Path | None, typer.Option(help=_LICENCES_HELP)]
 
 
+# Bundles that `evaluate` compares with.
+_PAPER_HELP = "A bundle of the paper's form, to compare with."
+_BUDGET_HELP = "A bundle trained on the same tokens, whose static update has the whole budget."
+_HOLDOUT_HELP = "An evaluated bundle of the same recipe with domains held out."
+PaperBundle = Annotated[Path | None, typer.Option(help=_PAPER_HELP)]
+BudgetBundle = Annotated[Path | None, typer.Option(help=_BUDGET_HELP)]
+HoldoutBundle = Annotated[Path | None, typer.Option(help=_HOLDOUT_HELP)]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status."""
     return run(app, "python -m training", arguments)
@@ -93,19 +102,9 @@ def evaluate(
     seed: Annotated[
         int | None, typer.Option(help="Of arrival order, controls and bootstrap.")
     ] = None,
-    paper: Annotated[
-        Path | None, typer.Option(help="A bundle of the paper's form, to compare with.")
-    ] = None,
-    budget: Annotated[
-        Path | None,
-        typer.Option(
-            help="A bundle trained on the same tokens, whose static update has the whole budget."
-        ),
-    ] = None,
-    holdout: Annotated[
-        Path | None,
-        typer.Option(help="An evaluated bundle of the same recipe with domains held out."),
-    ] = None,
+    paper: PaperBundle = None,
+    budget: BudgetBundle = None,
+    holdout: HoldoutBundle = None,
     record: Annotated[
         bool, typer.Option("--record", help="Write figures and card into the bundle too.")
     ] = False,

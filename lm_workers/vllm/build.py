@@ -25,13 +25,14 @@ log = logging.getLogger(__name__)
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM pads the rank of an adapter to."""
 
-_ENVIRONMENT = {
+ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine in this process, stepped by its worker
     "VLLM_USE_V2_MODEL_RUNNER": "0",  # the other one has logits processors of another kind
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; as for the built-in engine
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "WARNING",
 }
+"""What vLLM is told through the environment, where nothing else is said there."""
 
 
 def build_vllm_engine(
@@ -43,7 +44,7 @@ def build_vllm_engine(
         ConfigError: vLLM is not installed, or takes no such options.
         ModelError: vLLM does not serve the model, or not with updates of this form.
     """
-    for name, value in _ENVIRONMENT.items():
+    for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     try:
         import vllm

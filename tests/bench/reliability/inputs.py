@@ -57,6 +57,8 @@ FIELDS = [
     "tool_choice",
     "response_format",
     "store",
+    "service_tier",
+    "reasoning_effort",
     "colour",
 ]
 NAMES = [

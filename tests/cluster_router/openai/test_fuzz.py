@@ -9,6 +9,7 @@ import pytest
 from fastapi import FastAPI
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from reliability.inputs import FIELDS, GOOD
 
 MODEL = "tiny/bytes"
 
@@ -42,59 +43,13 @@ plausible = st.sampled_from(
         [[1]],
     ]
 )
-fields = st.sampled_from(
-    [
-        "stream",
-        "stream_options",
-        "n",
-        "temperature",
-        "top_p",
-        "presence_penalty",
-        "frequency_penalty",
-        "logit_bias",
-        "stop",
-        "seed",
-        "user",
-        "top_k",
-        "min_p",
-        "repetition_penalty",
-        "min_tokens",
-        "ignore_eos",
-        "stop_token_ids",
-        "adaptation",
-        "prompt",
-        "max_tokens",
-        "echo",
-        "logprobs",
-        "best_of",
-        "suffix",
-        "messages",
-        "max_completion_tokens",
-        "top_logprobs",
-        "metadata",
-        "tools",
-        "tool_choice",
-        "response_format",
-        "store",
-        "service_tier",
-        "reasoning_effort",
-        "model",
-    ]
-)
+fields = st.sampled_from(FIELDS)
 bodies = st.dictionaries(fields | st.text(max_size=6), plausible | values, max_size=5)
 messages = st.lists(
     st.dictionaries(st.sampled_from(["role", "content", "name", "type"]), plausible | values),
     max_size=3,
 )
-PATHS = {
-    "/v1/completions": {"model": MODEL, "prompt": "x", "max_tokens": 2},
-    "/v1/chat/completions": {
-        "model": MODEL,
-        "messages": [{"role": "user", "content": "x"}],
-        "max_tokens": 2,
-    },
-    "/v1/assign": {"prompt": "x"},
-}
+PATHS = {path: body | ({"model": MODEL} if "model" in body else {}) for path, body in GOOD.items()}
 FUZZ = settings(
     max_examples=60,
     deadline=None,

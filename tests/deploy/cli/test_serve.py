@@ -40,7 +40,7 @@ def config(tmp_path: Path) -> Callable[..., Path]:
     return make
 
 
-@pytest.mark.parametrize("name", ["config.yaml", "multi_gpu.yaml"])
+@pytest.mark.parametrize("name", ["config.yaml", "multi_gpu.yaml", "vllm.yaml"])
 def test_shipped_configs_are_right(name: str) -> None:
     found = read_config(SHIPPED.with_name(name), Overrides())
     assert found.application == "chameleon" and found.port == 8000
