@@ -1,8 +1,11 @@
 """Puts `cluster_router/openai/front.py` into Serve's HTTP proxies.
 
-    export RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=deploy.proxy:middlewares
+    controller_options:
+      runtime_env:
+        env_vars: {RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH: deploy.proxy:middlewares}
 
-before Ray starts (`serve run`, `ray start`): Serve has no other place to name it.
+in Serve's config: proxies inherit the controller's environment. `chameleon serve` does it by
+itself.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from ray.serve.schema import ServeDeploySchema
 from adapter_gen.bundle import Bundle
 from cluster_router.wire.errors import ConfigError
 from deploy.config import AppConfig
+from deploy.proxy import CALLBACK, SETTING
 from lm_workers.models import describe_model, resolve_model
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -25,7 +27,7 @@ class ServeConfig:
     """A checked config file.
 
     Attributes:
-        document: the file as Serve takes it, JSON values only.
+        document: the file as Serve takes it, JSON values only, with what the proxies need.
         settings: of this project's application in it.
         application: name of that application.
         host: where Serve listens.
@@ -75,7 +77,7 @@ def read_config(path: Path, overrides: Overrides) -> ServeConfig:
     place = f"{path}: applications.{application['name']}.args"
     settings = _checked(AppConfig, application.get("args") or {}, place)
     return ServeConfig(
-        document=document,
+        document=document | {"controller_options": _with_front(schema)},
         settings=settings,
         application=application["name"],
         host=schema.http_options.host,
@@ -104,6 +106,17 @@ def _override(document: dict[str, Any], application: dict[str, Any], given: Over
             holder[name] = (holder.get(name) or {}) | chosen
     if given.bundle == "none":
         application["args"]["bundle"] = None
+
+
+def _with_front(schema: ServeDeploySchema) -> dict[str, Any]:
+    """The controller's options, with `deploy/proxy.py` named for the proxies that it starts.
+
+    Where our own environment or the file names another, or none (an empty string), that holds.
+    """
+    given = schema.controller_options
+    found = ((given and given.runtime_env) or {}).get("env_vars") or {}
+    callback = os.environ.get(SETTING, found.get(SETTING, CALLBACK))
+    return {"runtime_env": {"env_vars": {**found, SETTING: callback}}}
 
 
 def _checked(kind: type[Model], value: Any, place: str) -> Model:

@@ -50,8 +50,7 @@ def serve(
     from deploy.serving import Overrides, check_parts, check_port, read_config
 
     path = config or SHIPPED
-    overrides = Overrides(host, port, model, bundle)
-    found = read_config(path, overrides)
+    found = read_config(path, Overrides(host, port, model, bundle))
     served = check_parts(found)
     typer.echo(f"{path}: {served}", err=True)
     if check:
@@ -59,16 +58,15 @@ def serve(
     if address is None:
         check_port(found.host, found.port)
     with tempfile.TemporaryDirectory(prefix="chameleon-") as folder:
-        if overrides != Overrides():
-            path = Path(folder) / "config.yaml"
-            _write(path, found)
-        _run(path, found, address)
+        _run(_written(found, Path(folder)), found, address)
 
 
-def _write(path: Path, config: ServeConfig) -> None:
+def _written(config: ServeConfig, folder: Path) -> Path:
     import yaml
 
+    path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(config.document, sort_keys=False), encoding="utf-8")
+    return path
 
 
 def _run(path: Path, config: ServeConfig, address: str | None) -> None:

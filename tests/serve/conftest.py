@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import subprocess
 import sys
@@ -18,11 +17,7 @@ import ray
 import yaml
 from openai import AsyncOpenAI, OpenAI
 
-from deploy.proxy import CALLBACK, SETTING
-
 ROOT = Path(__file__).parents[2]
-FAULTS = os.environ.get("CHAMELEON_FAULTS") == "1"
-"""Whether processes may be killed and the service overrun, for about ten minutes."""
 
 
 @dataclass(frozen=True)
@@ -69,8 +64,6 @@ def service(tmp_path_factory: pytest.TempPathFactory, default_model: Path) -> It
     port = free_port()
     config = folder / "config.yaml"
     config.write_text(yaml.safe_dump(settings(port)))
-    if FAULTS:
-        os.environ[SETTING] = CALLBACK  # inherited by the proxy
     context = ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False)
     address = str(context.address_info["address"])
     with (folder / "log").open("w") as log:

@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from deploy.cli.serve import SHIPPED
+from deploy.proxy import CALLBACK, SETTING
 from deploy.serving import Overrides, read_config
 
 SERVE = [sys.executable, "-c", "from deploy.cli import main; main()", "serve"]
@@ -52,6 +53,28 @@ def test_options_replace_the_config() -> None:
     assert found.settings.model == "some-model" and found.settings.bundle is None
     shipped = read_config(SHIPPED, Overrides()).settings
     assert found.settings.engine == shipped.engine, "the rest stays"
+
+
+def test_proxies_get_ours_unless_told_otherwise(
+    config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def named(path: Path) -> dict[str, str]:
+        options = read_config(path, Overrides()).document["controller_options"]
+        return options["runtime_env"]["env_vars"]
+
+    monkeypatch.delenv(SETTING, raising=False)
+    document = yaml.safe_load(config().read_text())
+    path = tmp_path / "own.yaml"
+    for options, found in (
+        (None, {SETTING: CALLBACK}),
+        ({"runtime_env": {"env_vars": {"A": "1"}}}, {"A": "1", SETTING: CALLBACK}),
+        ({"runtime_env": {"env_vars": {SETTING: "own:one"}}}, {SETTING: "own:one"}),
+    ):
+        path.write_text(yaml.safe_dump(document | {"controller_options": options}))
+        assert named(path) == found
+    for value in ("own:other", ""):
+        monkeypatch.setenv(SETTING, value)
+        assert named(path) == {SETTING: value}
 
 
 @pytest.mark.parametrize(
@@ -108,6 +131,11 @@ def test_from_the_start_to_ctrl_c(tiny_llama: Path) -> None:
         assert f"chameleon chat --url http://127.0.0.1:{port}" in told
         models = httpx.get(f"http://127.0.0.1:{port}/v1/models").json()["data"]
         assert models[0]["id"] == str(tiny_llama)
+        late = httpx.get(
+            f"http://127.0.0.1:{port}/v1/models", headers={"x-request-timeout-seconds": "0.00001"}
+        )
+        assert late.status_code == 504, "our part of the proxy speaks: Serve's own says 408"
+        assert late.json()["error"]["code"] == "deadline_exceeded"
         process.send_signal(signal.SIGINT)
         rest = process.communicate(timeout=120)[1]
     assert process.returncode == 0
