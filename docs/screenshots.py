@@ -3,8 +3,8 @@
     serve run deploy/config.yaml
     python docs/screenshots.py --url http://127.0.0.1:8000
 
-Sends the traffic itself, for two namespaces, then drives Chromium (`--chromium`, Debian's by
-default) and writes WebP files to docs/images.
+Sends the traffic itself, for two namespaces, then drives Chromium (`--chromium`, else the one on
+the path) and writes WebP files to docs/images.
 """
 
 from __future__ import annotations
@@ -16,19 +16,12 @@ import itertools
 import random
 from pathlib import Path
 
+from browser import CHROMIUM, chromium
 from openai import AsyncOpenAI, OpenAIError
 from PIL import Image
-from playwright.async_api import Page, async_playwright
+from playwright.async_api import Page
 
 IMAGES = Path(__file__).parent / "images"
-FLAGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
 
 _TOPICS = {
     "refund": (
@@ -120,8 +113,7 @@ async def shoot(url: str, executable: str, warm_s: float) -> None:
     done, _ = await asyncio.wait(sending, timeout=warm_s)
     for failed in done:  # it ends only if something is wrong: no pictures of an idle service
         failed.result()
-    async with async_playwright() as playwright:
-        browser = await playwright.chromium.launch(executable_path=executable, args=FLAGS)
+    async with chromium(executable) as browser:
         page = await browser.new_page(viewport={"width": 1440, "height": 900})
         await page.goto(url)
         await page.locator(".node").first.wait_for()
@@ -139,7 +131,6 @@ async def shoot(url: str, executable: str, warm_s: float) -> None:
         await page.locator("#try").scroll_into_view_if_needed()
         await page.evaluate("document.querySelector('#try').scrollIntoView({block: 'center'})")
         await save(page, "console-try")
-        await browser.close()
     for task in sending:
         task.cancel()
     await asyncio.gather(*sending, return_exceptions=True)
@@ -149,9 +140,11 @@ def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--url", default="http://127.0.0.1:8000")
-    parser.add_argument("--chromium", default="/usr/bin/chromium")
+    parser.add_argument("--chromium", default=CHROMIUM)
     parser.add_argument("--warm-s", type=float, default=90)
     args = parser.parse_args()
+    if args.chromium is None:
+        parser.error("needs Chromium: `apt install chromium`, or --chromium /path/to/it")
     asyncio.run(shoot(args.url, args.chromium, args.warm_s))
 
 

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,36 @@ def test_the_dashboard_is_whole() -> None:
     variables = {f"${one['name']}" for one in board["templating"]["list"]}
     for query in re.findall(r"\$[a-z]+", json.dumps(board)):
         assert query in variables, query
+
+
+def lost(given: Any, back: Any, place: str = "") -> Iterator[str]:
+    """Where `back` lacks something of `given`."""
+    if isinstance(given, dict) and isinstance(back, dict):
+        for name, one in given.items():
+            yield from lost(one, back.get(name), f"{place}/{name}")
+    elif isinstance(given, list) and isinstance(back, list) and len(given) == len(back):
+        for number, pair in enumerate(zip(given, back, strict=True)):
+            yield from lost(*pair, f"{place}/{number}")
+    elif given != back:
+        yield place
+
+
+def test_grafana_knows_every_field_of_the_dashboard() -> None:
+    """Its own SDK reads the file and writes it again: fields unknown to it would be gone."""
+    needed = "needs the test extra"
+    models = pytest.importorskip("grafana_foundation_sdk.models.dashboard", reason=needed)
+    plugins = pytest.importorskip("grafana_foundation_sdk.cog.plugins", reason=needed)
+    encoder = pytest.importorskip("grafana_foundation_sdk.cog.encoder", reason=needed)
+    plugins.register_default_plugins()
+    board = json.loads((MONITORING / "dashboard.json").read_text())
+
+    def written_again(board: dict[str, Any]) -> Any:
+        text = encoder.JSONEncoder().encode(models.Dashboard.from_json(board))
+        return json.loads(text)
+
+    assert list(lost(board, written_again(board))) == []
+    board["panels"][1]["fieldConfig"]["defaults"]["units"] = "s"
+    assert list(lost(board, written_again(board))) == ["/panels/1/fieldConfig/defaults/units"]
 
 
 def test_names_are_as_prometheus_wants_them() -> None:
