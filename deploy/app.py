@@ -32,6 +32,7 @@ def build(config: AppConfig) -> Application:
         pydantic.ValidationError: a setting is unknown or out of range.
         ConfigError: the bundle does not exist.
     """
+    board = _board(config)
     generator = learner = refinery = None
     if config.bundle_path is not None:
         generator = (
@@ -42,7 +43,7 @@ def build(config: AppConfig) -> Application:
                 ray_actor_options={"num_cpus": 0.1},
                 request_router_config=router_config(config.routing),
             )
-            .bind(config)
+            .bind(config, board)
         )
         if config.learner.enabled:
             # Never more than one: it is the only writer of clusters.
@@ -54,7 +55,7 @@ def build(config: AppConfig) -> Application:
                     health_check_period_s=_HEALTH_S,
                     ray_actor_options={"num_cpus": 0.1},
                 )
-                .bind(config)
+                .bind(config, board)
             )
         if config.refinement.enabled:
             # Never more than one either, of refined updates.
@@ -68,19 +69,6 @@ def build(config: AppConfig) -> Application:
                 )
                 .bind(config)
             )
-    board = None
-    if config.console.enabled:
-        # Never more than one: what it was told is nowhere else.
-        board = (
-            serve.deployment(BoardReplica)
-            .options(
-                name="StatusBoard",
-                num_replicas=1,
-                max_ongoing_requests=1000,
-                ray_actor_options={"num_cpus": 0.05},
-            )
-            .bind()
-        )
     # Serve must let every request through to the engine, which has the queues by cluster and says
     # at once when they are full. Serve's own queues then hold requests for moments only, or while
     # there is no replica; they are bounded for that.
@@ -112,3 +100,21 @@ def build(config: AppConfig) -> Application:
         ray_actor_options={"num_cpus": 0.1},
     )
     return router.bind(config, lm, generator, learner, refinery, board)
+
+
+def _board(config: AppConfig) -> Application | None:
+    """The console's board, never more than one: what it was told is nowhere else."""
+    if not config.console.enabled:
+        return None
+    return (
+        serve.deployment(BoardReplica)
+        .options(
+            name="StatusBoard",
+            num_replicas=1,
+            max_ongoing_requests=1000,
+            ray_actor_options={"num_cpus": 0.05},
+            # Each replica calls it each second, which is worth no line in a log.
+            logging_config={"enable_access_log": False},
+        )
+        .bind()
+    )

@@ -7,16 +7,26 @@ whichever router serves the page shows every replica.
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from collections.abc import Awaitable, Callable
+from typing import Any, NoReturn
 
 import ray
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from cluster_router.console.board import StatusBoard
-from cluster_router.console.reports import ClusterTable, EngineReport, Place, RouterReport
+from cluster_router.console.reporter import PERIOD_S
+from cluster_router.console.reports import (
+    ClusterTable,
+    EngineReport,
+    GeneratorReport,
+    LearnerReport,
+    Place,
+    RouterReport,
+)
 from cluster_router.console.view import Viewer, state_of
 from cluster_router.wire.errors import UnavailableError
+from deploy.reporting import report_every
 
 _PATIENCE_S = 5.0
 
@@ -30,6 +40,14 @@ class BoardReplica:
     async def hear_engine(self, place: Place, report: EngineReport) -> None:
         """See StatusBoard.hear_engine."""
         self._board.hear_engine(place, report)
+
+    async def hear_generator(self, place: Place, report: GeneratorReport) -> None:
+        """See StatusBoard.hear_generator."""
+        self._board.hear_generator(place, report)
+
+    async def hear_learner(self, place: Place, report: LearnerReport) -> None:
+        """See StatusBoard.hear_learner."""
+        self._board.hear_learner(place, report)
 
     async def hear_router(self, place: Place, report: RouterReport) -> list[str]:
         """See StatusBoard.hear_router."""
@@ -53,6 +71,14 @@ class RemoteBoard:
     async def hear_engine(self, place: Place, report: EngineReport) -> None:
         """See StatusBoard.hear_engine."""
         await self._handle.hear_engine.remote(place, report)
+
+    async def hear_generator(self, place: Place, report: GeneratorReport) -> None:
+        """See StatusBoard.hear_generator."""
+        await self._handle.hear_generator.remote(place, report)
+
+    async def hear_learner(self, place: Place, report: LearnerReport) -> None:
+        """See StatusBoard.hear_learner."""
+        await self._handle.hear_learner.remote(place, report)
 
     async def hear_router(self, place: Place, report: RouterReport) -> list[str]:
         """See StatusBoard.hear_router."""
@@ -81,3 +107,17 @@ def here() -> Place:
     """The replica that this is called in."""
     context = serve.get_replica_context()
     return Place(context.replica_id.unique_id, ray.util.get_node_ip_address())
+
+
+def telling(
+    board: DeploymentHandle | None, tell: Callable[[RemoteBoard, Place], Awaitable[None]]
+) -> list[asyncio.Task[NoReturn]]:
+    """Have this replica `tell` the board each second; a task to be kept, none without a board."""
+    if board is None:
+        return []
+    remote, place = RemoteBoard(board), here()
+
+    async def report() -> None:
+        await tell(remote, place)
+
+    return [asyncio.get_running_loop().create_task(report_every(PERIOD_S, report))]

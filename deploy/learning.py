@@ -14,6 +14,7 @@ from ray.serve.handle import DeploymentHandle
 
 from adapter_gen.bundle import Bundle
 from cluster_router.clusters import Assigner
+from cluster_router.console.reports import LearnerReport, Place
 from cluster_router.learning.tenants import TenantLearners, newer
 from cluster_router.learning.worker import Batches, LearnerStatus, LearnerWorker, by_namespace
 from cluster_router.outbox import Outbox
@@ -21,6 +22,7 @@ from cluster_router.tenants import TenantAssigners
 from cluster_router.wire.errors import ConfigError, UnavailableError
 from cluster_router.wire.types import FloatArray, Observation
 from deploy.config import AppConfig, LearningConfig
+from deploy.console import RemoteBoard, telling
 from deploy.logs import join_serve
 from deploy.reporting import INTERVAL_S, LearnerReporter, report_every
 from lm_workers.models.source import default_cache
@@ -38,7 +40,7 @@ def clusters_uri(config: LearningConfig, bundle: Bundle) -> str:
 class LearnerReplica:
     """Serves a LearnerWorker. What was published before is where it goes on from."""
 
-    def __init__(self, config: AppConfig) -> None:
+    def __init__(self, config: AppConfig, board: DeploymentHandle | None = None) -> None:
         join_serve()
         path = config.bundle_path
         if path is None:
@@ -63,9 +65,11 @@ class LearnerReplica:
             self._worker.publish_every(learning.publish_interval_s)
         )
         self._reporter = LearnerReporter()
-        self._reporting = asyncio.get_running_loop().create_task(
-            report_every(INTERVAL_S, self._report)
-        )
+        loop = asyncio.get_running_loop()
+        self._tasks = [
+            loop.create_task(report_every(INTERVAL_S, self._report)),
+            *telling(board, self._tell),
+        ]
 
     async def learn(self, batches: Batches) -> None:
         """See LearnerWorker.learn."""
@@ -77,6 +81,13 @@ class LearnerReplica:
 
     async def _report(self) -> None:
         self._reporter.report(self._worker.status())
+
+    async def _tell(self, board: RemoteBoard, place: Place) -> None:
+        status = self._worker.status()
+        published = max((one.at for one in status.published.values()), default=None)
+        failing = len(status.failures)
+        report = LearnerReport(status.learned, status.refused, failing, published)
+        await board.hear_learner(place, report)
 
     def check_health(self) -> None:
         """Let Serve replace a learner that publishes no more. A full disk is no reason to."""

@@ -24,7 +24,7 @@ from cluster_router.clusters import Assigner
 from cluster_router.console.increments import Increments
 from cluster_router.console.layout import ClusterMap
 from cluster_router.console.reporter import PERIOD_S, RouterReporter
-from cluster_router.console.reports import EngineReport
+from cluster_router.console.reports import EngineReport, GeneratorReport, Place
 from cluster_router.delivery import Delivery
 from cluster_router.embedding import TokenEmbedder
 from cluster_router.gain import GainProbe
@@ -53,7 +53,7 @@ from cluster_router.wire.types import (
 )
 from deploy.affinity import routing_stats
 from deploy.config import AppConfig, RequestLogConfig
-from deploy.console import RemoteBoard, here
+from deploy.console import RemoteBoard, here, telling
 from deploy.learning import RouterLearning
 from deploy.logs import join_serve
 from deploy.refining import RouterRefining, refinement_store
@@ -102,7 +102,7 @@ def _request_log(
 class GeneratorReplica:
     """Serves an AdapterGenerator: updates as numpy in the object store."""
 
-    def __init__(self, config: AppConfig) -> None:
+    def __init__(self, config: AppConfig, board: DeploymentHandle | None = None) -> None:
         join_serve()
         self._path = resolve_model(config.model)
         self._base_model = config.model
@@ -121,9 +121,11 @@ class GeneratorReplica:
             max(1, config.generator.cache_bytes // (2 * bundle.spec.numbers_per_cluster))
         )
         self._reporter = GeneratorReporter()
-        self._reporting = asyncio.get_running_loop().create_task(
-            report_every(INTERVAL_S, self._report)
-        )
+        loop = asyncio.get_running_loop()
+        self._tasks = [
+            loop.create_task(report_every(INTERVAL_S, self._report)),
+            *telling(board, self._tell),
+        ]
 
     async def get(self, key: AdapterKey, conditioning: Conditioning | None) -> list[ray.ObjectRef]:
         """A reference to the update `key`, in a list so that Serve does not resolve it."""
@@ -138,6 +140,11 @@ class GeneratorReplica:
 
     async def _report(self) -> None:
         self._reporter.report(self._generator.stats())
+
+    async def _tell(self, board: RemoteBoard, place: Place) -> None:
+        stats = self._generator.stats()
+        report = GeneratorReport(stats.generated, stats.failed, stats.in_flight, stats.entries)
+        await board.hear_generator(place, report)
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """What `deploy/autoscaling.py` counts: updates being generated, or waiting to be."""
@@ -178,10 +185,10 @@ class LMReplica:
         )
         self._reporter = EngineReporter()
         loop = asyncio.get_running_loop()
-        self._tasks = [loop.create_task(report_every(INTERVAL_S, self._report))]
-        if board is not None:
-            self._board, self._place = RemoteBoard(board), here()
-            self._tasks.append(loop.create_task(report_every(PERIOD_S, self._tell_board)))
+        self._tasks = [
+            loop.create_task(report_every(INTERVAL_S, self._report)),
+            *telling(board, self._tell),
+        ]
 
     async def generate(self, request: TokenizedRequest) -> AsyncIterator[TokenChunk]:
         """See LMWorker.generate."""
@@ -204,8 +211,7 @@ class LMReplica:
     async def _report(self) -> None:
         self._reporter.report(await self._worker.stats())
 
-    async def _tell_board(self) -> None:
-        """Tell the console's board how this replica fares."""
+    async def _tell(self, board: RemoteBoard, place: Place) -> None:
         stats = await self._worker.stats()
         report = EngineReport(
             running=stats.running,
@@ -217,7 +223,7 @@ class LMReplica:
             kv_use=1 - stats.kv_free,
             updates=len(self._worker.resident),
         )
-        await self._board.hear_engine(self._place, report)
+        await board.hear_engine(place, report)
 
     async def check_integrity(self) -> EngineStats:
         """See LMWorker.check_integrity."""

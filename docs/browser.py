@@ -6,8 +6,9 @@ import os
 import shutil
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from urllib.parse import urlsplit
 
-from playwright.async_api import Browser, async_playwright
+from playwright.async_api import Browser, Page, async_playwright
 
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium")
 """Path of the browser; None where there is none."""
@@ -31,3 +32,29 @@ async def chromium(executable: str) -> AsyncIterator[Browser]:
             yield browser
         finally:
             await browser.close()
+
+
+@asynccontextmanager
+async def watched(url: str, expected: str = "", patience_ms: int = 120_000) -> AsyncIterator[Page]:
+    """A page, opened at `url`, that is looked after to its end.
+
+    Args:
+        url: where.
+        expected: errors in the browser's console that hold this are none.
+        patience_ms: for every step of the page.
+
+    Raises:
+        AssertionError: at the end; the page had an error, or called somebody else.
+    """
+    async with chromium(str(CHROMIUM)) as browser:
+        page = await browser.new_page()
+        page.set_default_timeout(patience_ms)
+        errors: list[str] = []
+        hosts: set[str] = set()
+        page.on("console", lambda one: errors.append(one.text) if one.type == "error" else None)
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.on("request", lambda request: hosts.add(urlsplit(request.url).netloc))
+        await page.goto(url)
+        yield page
+    assert [one for one in errors if not expected or expected not in one] == []
+    assert hosts - {""} == {urlsplit(url).netloc}

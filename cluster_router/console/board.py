@@ -9,7 +9,14 @@ from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 from cluster_router.console.history import History
-from cluster_router.console.reports import ClusterTable, EngineReport, Place, RouterReport
+from cluster_router.console.reports import (
+    ClusterTable,
+    EngineReport,
+    GeneratorReport,
+    LearnerReport,
+    Place,
+    RouterReport,
+)
 
 EXPIRY_S = 10.0
 """A replica not heard of for so long is gone."""
@@ -19,7 +26,7 @@ _MOST_NAMESPACES = 65
 _MOST_SIZES = 120
 _SIZE_STEP_S = 30.0
 
-R = TypeVar("R", EngineReport, RouterReport)
+R = TypeVar("R", EngineReport, GeneratorReport, LearnerReport, RouterReport)
 
 
 @dataclass(slots=True)
@@ -66,6 +73,8 @@ class StatusBoard:
         self.history = History()
         self.started = wall()
         self._engines: dict[str, Heard[EngineReport]] = {}
+        self._generators: dict[str, Heard[GeneratorReport]] = {}
+        self._learners: dict[str, Heard[LearnerReport]] = {}
         self._routers: dict[str, Heard[RouterReport]] = {}
         self._tables: OrderedDict[str, tuple[float, ClusterTable]] = OrderedDict()
         self._known: dict[str, dict[int, Known]] = {}
@@ -73,6 +82,14 @@ class StatusBoard:
     def hear_engine(self, place: Place, report: EngineReport) -> None:
         """Take the report of an LM replica."""
         _hear(self._engines, place, report, self.clock())
+
+    def hear_generator(self, place: Place, report: GeneratorReport) -> None:
+        """Take the report of an adapter generator."""
+        _hear(self._generators, place, report, self.clock())
+
+    def hear_learner(self, place: Place, report: LearnerReport) -> None:
+        """Take the report of the learner."""
+        _hear(self._learners, place, report, self.clock())
 
     def hear_router(self, place: Place, report: RouterReport) -> list[str]:
         """Take a router's report; returns the namespaces whose tables the board wants of it."""
@@ -98,6 +115,16 @@ class StatusBoard:
     def engines(self) -> list[Heard[EngineReport]]:
         """LM replicas that live, by name."""
         return _living(self._engines, self.clock())
+
+    @property
+    def generators(self) -> list[Heard[GeneratorReport]]:
+        """Adapter generators that live, by name."""
+        return _living(self._generators, self.clock())
+
+    @property
+    def learners(self) -> list[Heard[LearnerReport]]:
+        """The learner, if it lives; the one before it too, until that is forgotten."""
+        return _living(self._learners, self.clock())
 
     @property
     def routers(self) -> list[Heard[RouterReport]]:

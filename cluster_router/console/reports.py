@@ -40,6 +40,38 @@ class EngineReport:
     updates: int
 
 
+@dataclass(frozen=True, slots=True)
+class GeneratorReport:
+    """An adapter generator at one moment.
+
+    Attributes:
+        generated, failed: updates since the replica started.
+        in_flight: updates being generated, or waiting to be.
+        cached: updates at hand.
+    """
+
+    generated: int
+    failed: int
+    in_flight: int
+    cached: int
+
+
+@dataclass(frozen=True, slots=True)
+class LearnerReport:
+    """The learner at one moment.
+
+    Attributes:
+        learned, refused: prompts since it started, those that it could not learn from apart.
+        failing: namespaces that cannot be published.
+        published: Unix time of the latest new snapshot; None if there was none.
+    """
+
+    learned: int
+    refused: int
+    failing: int
+    published: float | None
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class ClusterTable:
     """The clusters of a namespace, and where they lie on the map.

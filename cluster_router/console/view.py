@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from cluster_router.console.board import StatusBoard
+from cluster_router.console.board import Heard, StatusBoard
 from cluster_router.console.counts import COSINES, Counts
 from cluster_router.console.history import STEP_S, STEPS
 from cluster_router.console.reports import ClusterTable
@@ -157,7 +157,11 @@ class View:
         ]
 
     def _replicas(self) -> dict[str, Any]:
-        clock = self._now
+        clock, board = self._now, self._board
+
+        def told(one: Heard[Any]) -> dict[str, Any]:
+            return {**asdict(one.place), "age_s": round(clock - one.at, 1), **asdict(one.report)}
+
         return {
             "routers": [
                 {
@@ -166,12 +170,11 @@ class View:
                     "in_flight": one.report.served.in_flight,
                     "requests": round(one.report.served.rate.requests, 3),
                 }
-                for one in self._board.routers
+                for one in board.routers
             ],
-            "engines": [
-                {**asdict(one.place), "age_s": round(clock - one.at, 1), **asdict(one.report)}
-                for one in self._board.engines
-            ],
+            "engines": [told(one) for one in board.engines],
+            "generators": [told(one) for one in board.generators],
+            "learners": [told(one) for one in board.learners],
         }
 
     def _detail(self, cluster: int) -> dict[str, Any] | None:

@@ -15,6 +15,7 @@ export function replicas(state) {
   if (!found) {
     text($("replicas-note"), "Shown to API keys that are not bound to a namespace.");
     $("engines").replaceChildren();
+    $("parts").replaceChildren();
     return;
   }
   const requests = found.routers.reduce((sum, one) => sum + one.in_flight, 0);
@@ -31,6 +32,24 @@ export function replicas(state) {
     text(kept, percent(one.prompt_tokens ? one.cached_tokens / one.prompt_tokens : null));
     fill(node.querySelector(".meter"), one.kv_use);
     set(node, { title: `${count(one.tokens_ahead)} tokens ahead · ${one.updates} updates at hand · ${one.preemptions} preemptions` });
+  });
+  parts(state);
+}
+
+/** Generators and the learner: what each does, and what is wrong with it. */
+function parts({ replicas: { generators, learners }, now }) {
+  const made = (one) => `${plural(one.generated, "update")} made, ${count(one.cached)} at hand${one.in_flight ? `, ${count(one.in_flight)} under way` : ""}`;
+  const learned = (one) => `${plural(one.learned, "prompt")} learned, ${one.published == null ? "nothing published yet" : `published ${span(now - one.published)} ago`}`;
+  const shown = [
+    ...generators.map((one) => [one, "Generator", made(one), one.failed && `${count(one.failed)} failed`]),
+    ...learners.map((one) => [one, "Learner", learned(one), one.failing && `${plural(one.failing, "namespace")} cannot be published`]),
+  ];
+  keyed($("parts"), shown, ([one]) => one.replica, () => h("li", {}, h("b"), h("span"), h("em")), (node, [one, name, does, wrong]) => {
+    const [title, what, trouble] = node.children;
+    text(title, name);
+    text(what, does);
+    text(trouble, wrong || "");
+    set(node, { title: `${one.replica} on ${one.node}`, "data-late": one.age_s > 4 });
   });
 }
 

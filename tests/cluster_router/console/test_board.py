@@ -6,7 +6,12 @@ import pytest
 
 from cluster_router.console.board import EXPIRY_S
 from cluster_router.console.history import STEP_S, STEPS
-from cluster_router.console.reports import EngineReport, Place
+from cluster_router.console.reports import (
+    EngineReport,
+    GeneratorReport,
+    LearnerReport,
+    Place,
+)
 from cluster_router.tally import Key
 
 ENGINE = EngineReport(3, 1, 900, 1000, 250, 2, 0.4, 5)
@@ -27,6 +32,17 @@ def test_every_replica_is_shown(told: Any) -> None:
     assert replicas["routers"][0]["in_flight"] == 2
 
 
+def test_generators_and_the_learner_are_shown(told: Any) -> None:
+    told.board.hear_generator(Place("generator-1", "n"), GeneratorReport(12, 1, 2, 10))
+    told.board.hear_learner(Place("learner-1", "n"), LearnerReport(300, 0, 1, 1.7e9))
+    replicas = told.state()["replicas"]
+    [generator], [learner] = replicas["generators"], replicas["learners"]
+    assert (generator["generated"], generator["failed"], generator["in_flight"]) == (12, 1, 2)
+    assert (generator["replica"], generator["cached"]) == ("generator-1", 10)
+    assert (learner["learned"], learner["failing"], learner["published"]) == (300, 1, 1.7e9)
+    assert told.state(namespace="shop", bound=True)["replicas"] is None
+
+
 def test_one_that_falls_silent_vanishes(told: Any) -> None:
     told.board.hear_engine(Place("lm-1", "n"), ENGINE)
     told.now += EXPIRY_S / 2
@@ -37,7 +53,7 @@ def test_one_that_falls_silent_vanishes(told: Any) -> None:
     assert [one["replica"] for one in replicas["engines"]] == ["lm-2"]
     assert replicas["engines"][0]["age_s"] == EXPIRY_S / 2 + 1
     told.now += EXPIRY_S
-    assert told.state()["replicas"] == {"routers": [], "engines": []}
+    assert not any(told.state()["replicas"].values())
 
 
 def test_rates_of_all_routers_together(told: Any) -> None:
