@@ -14,9 +14,18 @@ from lm_workers.adapters import AdapterBank
 from lm_workers.config import EngineConfig
 from lm_workers.detokenizer import TokenTexts
 from lm_workers.engine import Engine, SteppedEngine
+from lm_workers.graphs import choose_recorder
 from lm_workers.kv_cache import BlockPool, KVCache, bytes_per_token
 from lm_workers.layers.choose import choose_kernels, choose_layout
-from lm_workers.models import describe_model, load_causal_lm, load_tokenizer, resolve_dtype
+from lm_workers.layers.decoder import is_family_config
+from lm_workers.models import (
+    describe_model,
+    load_as_stored,
+    load_causal_lm,
+    load_tokenizer,
+    resolve_dtype,
+)
+from lm_workers.models.info import load_config
 from lm_workers.prefix_cache import PrefixCache
 from lm_workers.runner import ModelRunner
 from lm_workers.sampler import Sampler
@@ -51,7 +60,12 @@ def build_engine(
         torch.set_num_threads(config.cpu_threads or len(os.sched_getaffinity(0)))
     dtype = resolve_dtype(config.dtype, device)
     info = describe_model(path, str(path))
-    model = load_causal_lm(path, dtype, device)
+    layout = choose_layout(config.linear, dtype, device)
+    base = load_config(path)
+    if layout.widens and is_family_config(base):
+        model = load_as_stored(path, base, dtype)
+    else:
+        model = load_causal_lm(path, dtype, device)
     max_context = min(config.max_context or info.context_length, info.context_length)
     prefixes = PrefixCache() if config.prefix_cache else None
     num_blocks = _num_blocks(config, model.config, dtype, device)
@@ -72,8 +86,9 @@ def build_engine(
             cache=cache,
             block_size=config.block_size,
             bank=bank,
-            layout=choose_layout(config.linear, dtype, device),
+            layout=layout,
             kernels=kernels,
+            record=choose_recorder(config.cuda_graphs, device),
         ),
         scheduler=Scheduler(config, pool, bank),
         sampler=Sampler(eos, kernels),

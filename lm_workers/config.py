@@ -24,8 +24,8 @@ class EngineConfig(BaseModel):
             prompt can hold them up.
         max_context: longest prompt plus output; None is the model's own limit.
         block_size: tokens in one block of the KV cache.
-        kv_cache_tokens: size of the KV cache; None is 1 GiB worth on a CPU and four fifths of the
-            memory left on a GPU.
+        kv_cache_tokens: size of the KV cache; None is 1 GiB worth on a CPU, whose memory is taken
+            as the cache fills, and four fifths of the memory left on a GPU.
         prefix_cache: keep the keys and values of finished texts for texts that begin alike.
         max_adapters: updates resident on the device; the least recently used makes room.
         max_wait_s: a request that has waited this long goes before every warm cluster.
@@ -34,6 +34,8 @@ class EngineConfig(BaseModel):
             bfloat16 and by our own for float32; `auto` takes it wherever it is possible.
         kernels: what computes the rest of a layer. `native` is compiled C++ for a CPU; `auto` falls
             back to `reference`, plain torch, where there is no compiler.
+        cuda_graphs: on a GPU, record decoding steps of each size and repeat them, which saves the
+            time that Python takes to start their kernels; where that fails the log says why.
         cpu_threads: threads of one step on a CPU; None is every core this process may use.
     """
 
@@ -54,6 +56,7 @@ class EngineConfig(BaseModel):
     max_queued: PositiveInt = 256
     linear: LayoutName = "auto"
     kernels: KernelsName = "auto"
+    cuda_graphs: bool = True
     cpu_threads: PositiveInt | None = None
 
     @model_validator(mode="after")

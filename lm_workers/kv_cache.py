@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable
 from itertools import chain
+from math import prod
+from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
 
 import torch
 from transformers import PretrainedConfig
@@ -100,8 +102,8 @@ class KVCache:
     ) -> None:
         layers, heads, head_dim = kv_geometry(config)
         shape = (num_slots, heads, head_dim)
-        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
-        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
+        self.keys = [_zeros(shape, dtype, device) for _ in range(layers)]
+        self.values = [_zeros(shape, dtype, device) for _ in range(layers)]
 
     def write(
         self, layer: int, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
@@ -113,6 +115,15 @@ class KVCache:
     def read(self, layer: int, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values at `slots` [...]: [..., heads, head_dim]."""
         return self.keys[layer][slots], self.values[layer][slots]
+
+
+def _zeros(shape: tuple[int, int, int], dtype: torch.dtype, device: str) -> torch.Tensor:
+    """Zeros that on a CPU take memory only where something was written."""
+    if device != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    size = prod(shape) * dtype.itemsize
+    fresh = mmap(-1, size, flags=MAP_PRIVATE | MAP_ANONYMOUS)  # torch.zeros would write to it all
+    return torch.frombuffer(fresh, dtype=dtype).view(shape)
 
 
 def kv_geometry(config: PretrainedConfig) -> tuple[int, int, int]:

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TypeVar
 
-import numpy as np
 import torch
 from transformers import PreTrainedModel
 
 from cluster_router.wire.errors import ModelError
-from lm_workers.adapters import OFF, AdapterBank, RowSlots
+from lm_workers.adapters import AdapterBank, RowSlots
 from lm_workers.attention import PAGED
+from lm_workers.graphs import DecodeGraphs, Recorder
+from lm_workers.inputs import InputBuilder, StepInputs
 from lm_workers.kv_cache import KVCache
 from lm_workers.layers.head import AdaptedHead
 from lm_workers.layers.install import install
 from lm_workers.layers.kernels import Kernels
 from lm_workers.layers.linear import Product
-from lm_workers.layers.paged import PagedStep
-from lm_workers.sequence import Batch, Span
+from lm_workers.layers.narrow import widen_all_but_matrices, widened
+from lm_workers.sequence import Batch
 
 T = TypeVar("T")
 
@@ -45,15 +47,18 @@ class StepOutput:
 class ModelRunner:
     """Runs batches through a transformers model, with the KV cache and the updates.
 
-    Takes the model over: its layers are replaced by ours.
+    Takes the model over: its layers are replaced by ours, one after the other, and each gives its
+    memory back. It computes in the dtype of the cache.
 
     Args:
-        model: a causal LM whose attention goes through transformers' AttentionInterface.
+        model: a causal LM whose attention goes through transformers' AttentionInterface. Its
+            matrices may be in a narrower dtype where `layout` widens them.
         cache: KV tensors.
         block_size: tokens in a block.
         bank: resident updates; None serves the base model alone.
         layout: of the weights.
         kernels: compute what is not a matrix product.
+        record: makes decoding steps repeatable; None computes each anew.
     """
 
     def __init__(
@@ -64,48 +69,56 @@ class ModelRunner:
         bank: AdapterBank | None,
         layout: type[Product],
         kernels: Kernels,
+        record: Recorder | None = None,
     ) -> None:
-        self._device = model.device
-        self._cache, self._block_size, self._kernels = cache, block_size, kernels
-        self._rows, self._min_rows = RowSlots(), layout.min_rows
-        reference = self._reference(model)
+        self._kernels, self._rows, self._min_rows = kernels, RowSlots(), layout.min_rows
+        self._inputs = InputBuilder(cache, block_size, model.device)
+        slots, dtype = len(cache.keys[0]), cache.keys[0].dtype
+        if model.dtype != dtype:
+            widen_all_but_matrices(model, dtype)
+        with widened(model, dtype):
+            reference = self._reference(model, min(2 * block_size, slots - block_size))
         self.head = AdaptedHead(model.get_output_embeddings(), layout, kernels, bank)
         install(model, layout, kernels, bank, self._rows)
         model.set_attn_implementation(PAGED)
         self._body = model.base_model
         self._check_same(*reference)
+        self._graphs: DecodeGraphs | None = None
+        if record is not None:
+            self._graphs = DecodeGraphs(self._hidden, record, cache, block_size, self._min_rows)
 
     @torch.inference_mode()
     def step(self, batch: Batch) -> StepOutput:
         """Compute keys, values and final hidden states of every token in the batch."""
-        spans = self._enough(batch.spans) if batch.num_tokens == 1 else batch.spans
-        tokens = [token for span in spans for token in span.sequence.tokens[span.start : span.stop]]
-        positions = [place for span in spans for place in range(span.start, span.stop)]
-        slots = self._slots(spans)
-        self._rows.tokens = slots
-        hidden = self._hidden(self._int64(tokens), self._int64(positions), self._paged(spans))
-        offsets, row = [], 0
-        for span in batch.spans:
-            offsets.append(row)
-            row += span.length
+        hidden, slots = self._repeated(batch) or self._computed(batch)
+        offsets = accumulate((span.length for span in batch.spans[:-1]), initial=0)
         return StepOutput(hidden, slots, tuple(offsets))
 
     @torch.inference_mode()
     def logits(self, output: StepOutput, rows: list[int]) -> torch.Tensor:
         """Adapted logits [len(rows), vocab] of some of a step's rows."""
-        index = self._int64(self._enough(rows))
+        index = self._inputs.int64(self._enough(rows))
         slots = None if output.slots is None else output.slots[index]
         return self.head(output.hidden[index], slots)[: len(rows)]
 
-    def _hidden(
-        self, tokens: torch.Tensor, positions: torch.Tensor, paged: PagedStep
-    ) -> torch.Tensor:
-        """Final hidden states [T, d] of tokens [T] at positions [T]."""
+    def _repeated(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+        if self._graphs is None or not batch.only_decodes:
+            return None
+        return self._graphs.run(batch.spans)
+
+    def _computed(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None]:
+        spans = self._enough(batch.spans) if batch.num_tokens == 1 else batch.spans
+        inputs = self._inputs.build(spans)
+        return self._hidden(inputs), inputs.slots
+
+    def _hidden(self, inputs: StepInputs) -> torch.Tensor:
+        """Final hidden states [T, d]."""
+        self._rows.tokens = inputs.slots
         hidden: torch.Tensor = self._body(
-            input_ids=tokens[None],
-            position_ids=positions[None],
+            input_ids=inputs.tokens[None],
+            position_ids=inputs.positions[None],
             use_cache=False,
-            paged=paged,
+            paged=inputs.paged,
             kernels=self._kernels,
         ).last_hidden_state[0]
         return hidden
@@ -114,40 +127,10 @@ class ModelRunner:
         """Repeat a lone row where it would be summed in another order than rows in company."""
         return [*rows] * self._min_rows if len(rows) == 1 else rows
 
-    def _int64(self, values: Sequence[int]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self._device)
-
-    def _slots(self, spans: Sequence[Span]) -> torch.Tensor | None:
-        slots = [span.sequence.slot or OFF for span in spans]
-        if not any(slots):
-            return None
-        return self._int64(slots).repeat_interleave(self._int64([span.length for span in spans]))
-
-    def _paged(self, spans: Sequence[Span]) -> PagedStep:
-        size = self._block_size
-        blocks = [-(-span.stop // size) for span in spans]
-        tables = np.zeros((len(spans), max(blocks)), np.int64)
-        write = np.empty(sum(span.length for span in spans), np.int64)
-        rows, row = np.empty((len(spans), 3), np.int64), 0
-        for number, (span, count) in enumerate(zip(spans, blocks, strict=True)):
-            tables[number, :count] = span.sequence.blocks[:count]
-            places = np.arange(span.start, span.stop)
-            write[row : row + span.length] = tables[number, places // size] * size + places % size
-            rows[number] = row, row + span.length, span.stop
-            row += span.length
-        return PagedStep(
-            cache=self._cache,
-            block_size=size,
-            write_slots=torch.from_numpy(write).to(self._device),
-            spans=torch.from_numpy(rows),
-            tables=torch.from_numpy(tables).to(self._device),
-        )
-
     @torch.inference_mode()
-    def _reference(self, model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor]:
+    def _reference(self, model: PreTrainedModel, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """A few tokens and the logits that transformers itself gives for them."""
-        length = min(2 * self._block_size, self._cache.keys[0].shape[0] - self._block_size)
-        tokens = torch.arange(1, length + 1, device=self._device) % model.config.vocab_size
+        tokens = torch.arange(1, length + 1, device=model.device) % model.config.vocab_size
         return tokens, model(input_ids=tokens[None], use_cache=False).logits[0]
 
     @torch.inference_mode()
@@ -157,15 +140,9 @@ class ModelRunner:
         Examples are scaled or capped logits. Better to fail here than to serve other numbers. The
         median position counts: in half precision single ones swing with the order of a sum.
         """
-        count, size = len(tokens), self._block_size
-        paged = PagedStep(
-            cache=self._cache,
-            block_size=size,
-            write_slots=torch.arange(count, device=self._device) + size,
-            spans=torch.tensor([[0, count, count]]),
-            tables=torch.arange(1, 1 + -(-count // size), device=self._device)[None],
-        )
-        hidden = self._hidden(tokens, torch.arange(count, device=self._device), paged)
+        positions = torch.arange(len(tokens), device=tokens.device)
+        paged = self._inputs.fresh(len(tokens))
+        hidden = self._hidden(StepInputs(tokens, positions, None, paged))
         error = (self.head(hidden, None).float() - expected.float()).abs().amax(-1).median()
         scale = expected.float().abs().max()
         tolerance = 1e-3 if expected.dtype == torch.float32 else 0.05

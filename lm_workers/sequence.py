@@ -134,3 +134,8 @@ class Batch:
     def num_tokens(self) -> int:
         """Tokens in the step."""
         return sum(span.length for span in self.spans)
+
+    @property
+    def only_decodes(self) -> bool:
+        """Whether every span is one token."""
+        return self.spans[-1].length == 1

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PretrainedConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.models.mistral.modeling_mistral import MistralAttention, MistralDecoderLayer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
@@ -19,6 +20,9 @@ from lm_workers.layers.paged import PagedStep
 FAMILY = (LlamaDecoderLayer, MistralDecoderLayer, Qwen2DecoderLayer, Qwen3DecoderLayer)
 """Layers that `DecoderLayer` computes. Exactly these: a subclass may compute something else."""
 
+FAMILY_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+"""What configs call the models that have these layers."""
+
 GroupMaker = Callable[[Sequence[str]], LinearGroup]
 """Makes one group of the linear layers with these names inside the layer."""
 
@@ -26,6 +30,11 @@ GroupMaker = Callable[[Sequence[str]], LinearGroup]
 def is_family(layer: nn.Module) -> bool:
     """Whether `DecoderLayer` can take this layer's place."""
     return type(layer) in FAMILY and layer.mlp.config.hidden_act == "silu"  # type: ignore[union-attr]
+
+
+def is_family_config(config: PretrainedConfig) -> bool:
+    """Whether `DecoderLayer` will take the place of every layer of this model."""
+    return config.model_type in FAMILY_TYPES and config.hidden_act == "silu"
 
 
 class DecoderLayer(nn.Module):

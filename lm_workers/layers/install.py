@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -35,12 +35,10 @@ def install(
         DeltaError: the update's bases do not fit its spec.
     """
     installer = Installer(model, layout, kernels, bank, rows)
-    for name, module in _body_modules(model):
-        if is_family(module):
-            installer.replace_layer(name, module)
-    for name, module in _body_modules(model):
-        if isinstance(module, nn.Linear | Conv1D):
-            installer.replace_linear(name)
+    for name in _names(model, is_family):
+        installer.replace_layer(name)
+    for name in _names(model, lambda module: isinstance(module, nn.Linear | Conv1D)):
+        installer.replace_linear(name)
 
 
 class Installer:
@@ -58,13 +56,13 @@ class Installer:
         self._bank, self._rows = bank, rows
         self._sites = {} if bank is None else _sites(model, bank)
 
-    def replace_layer(self, name: str, layer: nn.Module) -> None:
+    def replace_layer(self, name: str) -> None:
         """Replace a decoder layer of a known family."""
 
         def group(names: Sequence[str]) -> LinearGroup:
             return self._group([f"{name}.{inner}" for inner in names])
 
-        self._set(name, DecoderLayer(layer, group, self._kernels))
+        self._set(name, DecoderLayer(self._model.get_submodule(name), group, self._kernels))
 
     def replace_linear(self, name: str) -> None:
         """Replace one linear layer, if that changes anything."""
@@ -90,10 +88,11 @@ class Installer:
         return RowUpdate(self._bank, self._rows, self._kernels, self._bank.targets(targets))
 
 
-def _body_modules(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
-    """Modules of the model without its head, under their names in the whole model."""
+def _names(model: PreTrainedModel, wanted: Callable[[nn.Module], bool]) -> list[str]:
+    """The modules to replace, without the head. Names: what is replaced must not be held here."""
     head = model.get_output_embeddings()
-    return [(name, module) for name, module in model.named_modules() if module is not head]
+    found = model.named_modules()
+    return [name for name, module in found if wanted(module) and module is not head]
 
 
 def _sites(model: nn.Module, bank: AdapterBank) -> dict[str, int]:

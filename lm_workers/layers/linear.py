@@ -23,9 +23,11 @@ class Product(ABC):
 
     Attributes:
         min_rows: fewest rows that are summed in the same order as any other number of rows.
+        widens: whether it also takes weights of a narrower dtype than it computes in.
     """
 
     min_rows: ClassVar[int]
+    widens: ClassVar[bool] = False
 
     @abstractmethod
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None: ...

@@ -28,6 +28,8 @@ class PagedStep:
         write_slots: int64 [T], where each token's key and value go.
         spans: int64 [S, 3] on the CPU: first row, stop row, and tokens of the sequence up to the
             stop. Spans of one row come first.
+        lengths: int64 [S], those tokens of the sequences, on the device. Where they are less than
+            in `spans`, they count: a step that is recorded for later is as large as it can be.
         tables: int64 [S, B] blocks of each span's sequence, padded with block 0.
     """
 
@@ -35,6 +37,7 @@ class PagedStep:
     block_size: int
     write_slots: torch.Tensor
     spans: torch.Tensor
+    lengths: torch.Tensor
     tables: torch.Tensor
 
     @cached_property

@@ -11,6 +11,8 @@ from lm_workers.layers.compiler import compile_library
 from lm_workers.layers.linear import Product
 
 _POINTER, _INT = ctypes.c_void_p, ctypes.c_int64
+_PART = 4096
+"""Rows of a weight that are widened at a time; whole panels."""
 
 
 class PanelProduct(Product):
@@ -25,21 +27,26 @@ class PanelProduct(Product):
     """
 
     min_rows = 1
+    widens = True
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         library = load_library()
         self._outputs, self._inputs = weight.shape
         self._halves = int(is_bfloat16(weight))
         self._threads = torch.get_num_threads()
-        self._bias = None if bias is None else bias.contiguous()
+        self._bias = None if bias is None else bias.float().contiguous()
         self._bias_at = None if self._bias is None else self._bias.data_ptr()
         size = library.panels_size(self._outputs, self._inputs, self._halves)
         self._panels = torch.zeros(size, dtype=torch.float32)
         self._panels_at = self._panels.data_ptr()
-        library.lay_out(
-            weight.data_ptr(), *weight.stride(), self._outputs, self._inputs, self._halves,
-            self._panels_at, self._threads,
-        )  # fmt: skip
+        at = self._panels_at
+        for part in weight.split(_PART):
+            wide = part.float()
+            library.lay_out(
+                wide.data_ptr(), *wide.stride(), len(wide), self._inputs, self._halves,
+                at, self._threads,
+            )  # fmt: skip
+            at += 4 * library.panels_size(len(wide), self._inputs, self._halves)
         self._product = library.product
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -56,8 +63,10 @@ class PanelProduct(Product):
 
 
 def is_bfloat16(weight: torch.Tensor) -> bool:
-    """Whether each number of a float32 weight is one of bfloat16's."""
-    return not any((part.view(torch.int32) & 0xFFFF).any() for part in weight.split(4096))
+    """Whether each number of a weight is one of bfloat16's."""
+    if weight.dtype == torch.bfloat16:
+        return True
+    return not any((part.float().view(torch.int32) & 0xFFFF).any() for part in weight.split(_PART))
 
 
 @cache

@@ -53,7 +53,7 @@ class ReferenceKernels:
         window: int | None,
     ) -> torch.Tensor:
         """See `Kernels`. Spans of one row run as one padded batch, the others one by one."""
-        slots, lengths = paged.token_slots, paged.spans[:, 2].to(query.device)
+        slots, lengths = paged.token_slots, paged.lengths
         spans = paged.spans.tolist()
         decoding = sum(stop - start == 1 for start, stop, _ in spans)
         parts = []

@@ -3,6 +3,7 @@
 from lm_workers.models.info import ModelInfo, describe_model, fingerprint
 from lm_workers.models.load import (
     auto_dtype,
+    load_as_stored,
     load_causal_lm,
     load_embedding,
     load_lm_head,
@@ -17,6 +18,7 @@ __all__ = [
     "auto_dtype",
     "describe_model",
     "fingerprint",
+    "load_as_stored",
     "load_causal_lm",
     "load_embedding",
     "load_lm_head",

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -29,6 +33,8 @@ EMBEDDINGS = (
     "word_embeddings.weight",  # BLOOM, Falcon
 )
 LM_HEADS = ("lm_head.weight", "embed_out.weight")
+_CHECKED = 2**22
+"""Numbers that are checked for NaN at a time."""
 
 
 def load_causal_lm(path: Path, dtype: torch.dtype, device: str) -> PreTrainedModel:
@@ -40,31 +46,44 @@ def load_causal_lm(path: Path, dtype: torch.dtype, device: str) -> PreTrainedMod
         ModelError: files missing or damaged, weights missing, NaN or infinity in a weight, or an
             architecture that transformers does not know.
     """
-    check_folder(path)
-    if is_quantised(path):
-        raise ModelError(
-            f"{path} holds quantised weights; give the unquantised model, or a .gguf file, "
-            "or serve it with vLLM (`engine: {backend: vllm}`)"
+    _check_loadable(path)
+    with _loading(path):
+        model, report = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=dtype,
+            device_map={"": device},
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
         )
-    try:
-        with quiet_transformers():
-            model, report = AutoModelForCausalLM.from_pretrained(
-                path,
-                dtype=dtype,
-                device_map={"": device},
-                local_files_only=True,
-                use_safetensors=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-            )
-    except Exception as error:
-        # The config is anybody's: model classes fail with whatever they trip over.
-        raise ModelError(f"{path} cannot be loaded as a language model: {error}") from error
-    if missing := sorted(report["missing_keys"]):
-        raise ModelError(f"{path} lacks {len(missing)} weights, among them {missing[0]}")
-    model.eval().requires_grad_(False)
-    _check_finite(model, path, dtype)
-    return model
+    return _frozen(model, report, path, dtype)
+
+
+def load_as_stored(path: Path, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """Like `load_causal_lm` on the CPU, but in the dtype that the checkpoint is stored in.
+
+    That takes the memory of the stored weights, and no more on the way; who computes in a wider
+    dtype widens them part by part. Only for model classes that keep no buffer in the dtype of the
+    weights, whose numbers would be narrowed.
+
+    Args:
+        path: the folder.
+        config: of the model there.
+        dtype: what to load in where tensors are stored in several.
+
+    Raises: see `load_causal_lm`.
+    """
+    _check_loadable(path)
+    # Copies: a tensor that safetensors gives may keep its whole file in memory.
+    state = {name: one.read().clone() for name, one in stored_tensors(path).items()}
+    stored = {tensor.dtype for tensor in state.values()}
+    kept = stored.pop() if len(stored) == 1 else dtype
+    with _loading(path):
+        model, report = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
+            None, config=config, state_dict=state, dtype=kept, output_loading_info=True
+        )
+    return _frozen(model, report, path, kept)
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
@@ -133,10 +152,36 @@ def _cpu_multiplies_bf16() -> bool:
     return any(bool(flags.get(flag)) for flag in ("avx512_bf16", "amx_bf16", "arm_bf16"))
 
 
-def _check_finite(model: PreTrainedModel, path: Path, dtype: torch.dtype) -> None:
+def _check_loadable(path: Path) -> None:
+    check_folder(path)
+    if is_quantised(path):
+        raise ModelError(
+            f"{path} holds quantised weights; give the unquantised model, or a .gguf file, "
+            "or serve it with vLLM (`engine: {backend: vllm}`)"
+        )
+
+
+@contextmanager
+def _loading(path: Path) -> Iterator[None]:
+    try:
+        with quiet_transformers():
+            yield
+    except Exception as error:
+        # The config is anybody's: model classes fail with whatever they trip over.
+        raise ModelError(f"{path} cannot be loaded as a language model: {error}") from error
+
+
+def _frozen(
+    model: PreTrainedModel, report: Mapping[str, Any], path: Path, dtype: torch.dtype
+) -> PreTrainedModel:
+    if missing := sorted(report["missing_keys"]):
+        raise ModelError(f"{path} lacks {len(missing)} weights, among them {missing[0]}")
+    model.eval().requires_grad_(False)
     for name, weight in model.named_parameters():
-        if not torch.isfinite(weight).all():
+        # In parts: the check makes several copies of what it is given.
+        if not all(torch.isfinite(part).all() for part in weight.flatten().split(_CHECKED)):
             raise _not_finite(_file_of(name, path), name, dtype)
+    return model
 
 
 def _file_of(parameter: str, path: Path) -> Path:

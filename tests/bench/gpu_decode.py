@@ -3,8 +3,10 @@
     python tests/bench/gpu_decode.py --out runs/gpu_decode
     python tests/bench/gpu_decode.py --device cpu --shapes tiny --batches 1 4
 
-Models have random weights; nothing is downloaded. Writes gpu_decode.json and gpu_decode.md to
-`--out`. Without a CUDA device it says so and ends with status 2, unless `--device cpu`.
+Models have random weights; nothing is downloaded. On a GPU it also decodes without CUDA graphs, to
+compare; `--set cuda_graphs=false` leaves them out everywhere. Writes gpu_decode.json and
+gpu_decode.md to `--out`. Without a CUDA device it says so and ends with status 2, unless `--device
+cpu`.
 """
 
 from __future__ import annotations
@@ -41,7 +43,7 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(words)
 
 
-def clusters_name(clusters: int | None) -> str:
+def clusters_name(clusters: int | str | None) -> str:
     """As the tables call it."""
     return "off" if clusters is None else str(clusters)
 

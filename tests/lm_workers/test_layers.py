@@ -69,7 +69,8 @@ def paged(dtype: torch.dtype, spans: list[tuple[int, int]], heads: int, size: in
     for layer in range(2):
         cache.keys[layer].copy_(normal(*cache.keys[layer].shape, dtype=dtype, seed=layer))
         cache.values[layer].copy_(normal(*cache.values[layer].shape, dtype=dtype, seed=9 + layer))
-    return PagedStep(cache, BLOCK, torch.cat(write), torch.tensor(rows), tables)
+    spans = torch.tensor(rows)
+    return PagedStep(cache, BLOCK, torch.cat(write), spans, spans[:, 2], tables)
 
 
 @pytest.mark.parametrize("size", [8, 64, 576, 1000])

@@ -24,6 +24,7 @@ from lm_workers.models import resolve_dtype
 PROMPT = 64
 SETTLE = 16  # steps after the last prefill that are not measured
 RANK = 16
+NO_GRAPHS = "off, no CUDA graphs"
 
 
 def prompts(vocab_size: int, count: int, seed: int) -> list[list[int]]:
@@ -51,7 +52,10 @@ def decode_seconds(
 
 
 class ShapeBench:
-    """One shape: an engine without and one with updates, both resident, measured in turn.
+    """One shape: engines without and with updates, all resident, measured in turn.
+
+    On a GPU there is one more, without updates, that runs without CUDA graphs; unless --set says
+    whether to use them.
 
     Args:
         shape: a name in `SHAPES`.
@@ -69,6 +73,11 @@ class ShapeBench:
             adapted: ChameleonEngine(self._job(model, scratch / "bundle" if adapted else None))
             for adapted in (False, True)
         }
+        self._without_graphs: ChameleonEngine | None = None
+        if args.device.startswith("cuda") and not any("cuda_graphs" in word for word in args.set):
+            job = self._job(model, None)
+            job["settings"]["cuda_graphs"] = False
+            self._without_graphs = ChameleonEngine(job)
         self.bandwidth = copy_bandwidth(args.device)
 
     def _job(self, model: Path, bundle: Path | None) -> dict[str, Any]:
@@ -91,21 +100,30 @@ class ShapeBench:
         rows = []
         for batch in self._args.batches:
             counts = sorted({min(count, batch) for count in self._args.clusters})
-            found: dict[int | None, list[float]] = {None: [], **{count: [] for count in counts}}
+            names: list[int | str | None] = [None, *counts]
+            if self._without_graphs is not None:
+                names.append(NO_GRAPHS)
+            found: dict[int | str | None, list[float]] = {name: [] for name in names}
             for repeat in range(self._args.repeats):
-                for count, seconds in found.items():
-                    seconds.append(self._decode_once(batch, count, repeat))
+                for name, seconds in found.items():
+                    seconds.append(self._decode_once(batch, name, repeat))
             base = statistics.median(found[None])
-            rows += [self._row(batch, count, seconds, base) for count, seconds in found.items()]
+            rows += [self._row(batch, name, seconds, base) for name, seconds in found.items()]
         return rows
 
-    def _decode_once(self, batch: int, clusters: int | None, repeat: int) -> float:
+    def _engine(self, clusters: int | str | None) -> ChameleonEngine:
+        if clusters == NO_GRAPHS:
+            assert self._without_graphs is not None
+            return self._without_graphs
+        return self._engines[clusters is not None]
+
+    def _decode_once(self, batch: int, clusters: int | str | None, repeat: int) -> float:
         texts = prompts(self._vocab_size, batch, repeat)
         requests = [
-            Request(text, None if clusters is None else place % clusters)
+            Request(text, place % clusters if isinstance(clusters, int) else None)
             for place, text in enumerate(texts)
         ]
-        engine = self._engines[clusters is not None]
+        engine = self._engine(clusters)
         steps = self._args.steps
         # A prompt in a later step than another ends later: the batch must still be whole.
         output_tokens = steps + SETTLE + batch + 1
@@ -113,7 +131,7 @@ class ShapeBench:
         return decode_seconds(engine, requests, steps, output_tokens)
 
     def _row(
-        self, batch: int, clusters: int | None, seconds: list[float], base: float
+        self, batch: int, clusters: int | str | None, seconds: list[float], base: float
     ) -> dict[str, Any]:
         context = PROMPT + SETTLE + self._args.steps // 2
         limit = streamed_bytes(self._shape, self._dtype, batch, context) / self.bandwidth / 1e9

@@ -1,0 +1,219 @@
+"""Recorded decoding steps, with a recorder that treats torch's operations as CUDA does kernels."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from adapter_gen.apply import init_bases
+from adapter_gen.sites import discover_sites
+from adapter_gen.update import LoraDelta, SharedBases, UpdateSpec
+from cluster_router.wire.types import AdapterKey, Assignment, SamplingParams, TokenizedRequest
+from lm_workers import build
+from lm_workers.build import build_engine
+from lm_workers.config import EngineConfig
+from lm_workers.engine import Engine
+from lm_workers.graphs import Bucket, Repeat, choose_bucket
+from lm_workers.models import load_causal_lm
+from lm_workers.sequence import Span
+
+CONFIG = EngineConfig(
+    dtype="float32",
+    max_sequences=4,
+    max_batch_tokens=64,
+    block_size=4,
+    kv_cache_tokens=1024,
+    cpu_threads=1,
+    kernels="reference",
+    linear="plain",
+)
+NAMES = (f"r{number}" for number in range(10**9))
+Asked = list[tuple[TokenizedRequest, LoraDelta | None]]
+
+
+def request(prompt: Iterable[int], **params: object) -> TokenizedRequest:
+    sampling = SamplingParams.model_validate({"max_tokens": 12, "temperature": 0, **params})
+    return TokenizedRequest(next(NAMES), tuple(prompt), sampling, Assignment(key=None))
+
+
+def prompts(count: int, longest: int = 60) -> list[list[int]]:
+    source = random.Random(7)
+    return [
+        [source.randrange(2, 300) for _ in range(source.randint(1, longest))] for _ in range(count)
+    ]
+
+
+def update_of(path: Path) -> tuple[UpdateSpec, SharedBases, list[LoraDelta | None]]:
+    """Random bases, and the updates of three clusters after None."""
+    spec = discover_sites(load_causal_lm(path, torch.float32, "cpu"), "full", rank=4, alpha=2.0)
+    bases, generator = init_bases(spec, seed=0), torch.Generator().manual_seed(1)
+
+    def normal(shape: tuple[int, ...]) -> torch.Tensor:
+        return torch.randn(shape, generator=generator)
+
+    bases = SharedBases(bases.u, bases.v, normal(bases.s0.shape), normal(bases.shift.shape))
+    deltas: list[LoraDelta | None] = [None]
+    for cluster in range(3):
+        static = LoraDelta.static(AdapterKey("base", "hyper", cluster, 1), spec)
+        arrays = {name: normal(one.shape).half().numpy() for name, one in static.arrays().items()}
+        deltas.append(LoraDelta(static.key, **arrays))
+    return spec, bases, deltas
+
+
+def mixed(deltas: list[LoraDelta | None]) -> Asked:
+    """More requests than run at once, of many lengths: rows change places and clusters."""
+    return [
+        (request(prompt, max_tokens=3 + 5 * (number % 4)), deltas[number % len(deltas)])
+        for number, prompt in enumerate(prompts(12, longest=40))
+    ]
+
+
+def answers(engine: Engine, asked: Asked) -> list[list[int]]:
+    for one, delta in asked:
+        engine.add(one, delta)
+    found: dict[str, list[int]] = {one.request_id: [] for one, _ in asked}
+    while engine.has_work:
+        for chunk in engine.step():
+            found[chunk.request_id] += chunk.tokens
+        engine.check_integrity()
+    return list(found.values())
+
+
+WAITING = ("aten::item", "aten::_local_scalar_dense", "aten::is_nonzero", "aten::nonzero")
+"""Operations whose result Python must wait for."""
+
+
+class Operations(TorchDispatchMode):
+    """Notes every operation and its tensors; refuses those that wait for a number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.noted: list[tuple[Callable[..., Any], Any, Any, Any]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.name() in WAITING:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        found = func(*args, **(kwargs or {}))
+        self.noted.append((func, args, kwargs or {}, found))
+        return found
+
+    def repeat(self) -> None:
+        """Run them again over the same memory. No Python but this runs."""
+        for func, args, kwargs, found in self.noted:
+            for old, new in zip(
+                tree_leaves(found), tree_leaves(func(*args, **kwargs)), strict=True
+            ):
+                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+
+
+@dataclass
+class OperationRecorder:
+    """Stands in for CudaRecorder."""
+
+    recorded: int = 0
+    repeated: list[int] = field(default_factory=list)
+
+    def __call__(self, compute: Repeat) -> Repeat:
+        compute()
+        operations = Operations()
+        with operations:
+            result = compute()
+        number = self.recorded = self.recorded + 1
+
+        def repeat() -> torch.Tensor:
+            self.repeated.append(number)
+            operations.repeat()
+            return result
+
+        return repeat
+
+
+@pytest.fixture
+def recorder(monkeypatch: pytest.MonkeyPatch) -> OperationRecorder:
+    recorder = OperationRecorder()
+    monkeypatch.setattr(build, "choose_recorder", lambda *_: recorder)
+    return recorder
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2"])
+def test_recorded_steps_give_the_tokens_of_computed_ones(
+    tiny_checkpoints: dict[str, Path], family: str, recorder: OperationRecorder
+) -> None:
+    spec, bases, deltas = update_of(tiny_checkpoints[family])
+    engine = build_engine(tiny_checkpoints[family], CONFIG, (spec, bases))
+    found = answers(engine, mixed(deltas))
+    assert recorder.recorded >= 2 and len(recorder.repeated) > 20
+    engine._runner._graphs = None
+    repeated = len(recorder.repeated)
+    assert answers(engine, mixed(deltas)) == found
+    assert len(recorder.repeated) == repeated
+    assert answers(engine, mixed([None])) != found
+
+
+def test_a_longer_context_takes_a_larger_graph(
+    tiny_llama: Path, recorder: OperationRecorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lm_workers.graphs._SMALLEST_CONTEXT", 16)
+    asked = [(request(prompts(1)[0][:10], max_tokens=50, ignore_eos=True), None)]
+    found = answers(build_engine(tiny_llama, CONFIG), asked)
+    assert recorder.recorded == 3  # contexts of 16, 32 and 64 tokens
+    monkeypatch.setattr("lm_workers.graphs._MOST_SLOTS", 0)
+    again = [(request(asked[0][0].prompt_tokens, max_tokens=50, ignore_eos=True), None)]
+    assert answers(build_engine(tiny_llama, CONFIG), again) == found
+    assert recorder.recorded == 3
+
+
+def test_what_cannot_be_recorded_is_computed_and_the_log_says_why(
+    tiny_llama: Path, recorder: OperationRecorder, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = build_engine(tiny_llama, CONFIG)
+    body = engine._runner._body
+    handle = body.norm.register_forward_hook(lambda _, __, out: out * float(out[0, 0, 0] < 1e9))
+    asked = [(request(prompt), None) for prompt in prompts(3)]
+    with caplog.at_level(logging.WARNING):
+        found = answers(engine, asked)
+    handle.remove()
+    assert caplog.text.count("without CUDA graphs") == 1 and "not permitted" in caplog.text
+    assert not recorder.repeated
+    again = [(request(one.prompt_tokens), None) for one, _ in asked]
+    assert answers(engine, again) == found
+
+
+def test_buckets() -> None:
+    def spans(*lengths: int, slot: int = 0) -> list[Span]:
+        found = []
+        for length in lengths:
+            one: Any = type("One", (), {"slot": slot})
+            found.append(Span(one, length - 1, length))
+        return found
+
+    assert choose_bucket(spans(5), 16, min_rows=2) == Bucket(2, 16, False)
+    assert choose_bucket(spans(5), 16, min_rows=1) == Bucket(1, 16, False)
+    assert choose_bucket(spans(5, 9, 256, slot=3), 16, min_rows=2) == Bucket(4, 16, True)
+    assert choose_bucket(spans(*[257] * 33), 16, min_rows=2) == Bucket(64, 32, False)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_cuda_graphs_give_the_tokens_of_computed_steps(
+    tiny_checkpoints: dict[str, Path], family: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    spec, bases, deltas = update_of(tiny_checkpoints[family])
+    found = []
+    for graphs in (True, False):
+        config = EngineConfig(device="cuda", dtype="float32", max_sequences=4, cuda_graphs=graphs)
+        engine = build_engine(tiny_checkpoints[family], config, (spec, bases))
+        found.append(answers(engine, mixed(deltas)))
+    assert found[0] == found[1]
+    assert "without CUDA graphs" not in caplog.text

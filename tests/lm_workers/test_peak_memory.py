@@ -1,0 +1,72 @@
+"""What an engine takes beside the libraries: the weights as they are stored, and what it caches."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lm_workers.layers.choose import choose_layout
+from lm_workers.models import load_as_stored, load_causal_lm
+from lm_workers.models.info import load_config
+
+PROGRAM = """
+import pathlib, sys
+from cluster_router.wire.types import Assignment, SamplingParams, TokenizedRequest
+from lm_workers.build import build_engine
+from lm_workers.config import EngineConfig
+from lm_workers.models import load_tokenizer
+
+def peak():
+    status = pathlib.Path("/proc/self/status").read_text()
+    return 1024 * int(status.partition("VmHWM:")[2].split()[0])
+
+path = pathlib.Path(sys.argv[1])
+load_tokenizer(path)
+libraries = peak()
+engine = build_engine(path, EngineConfig(dtype="float32", device="cpu", cpu_threads=1))
+sampling = SamplingParams(max_tokens=2, temperature=0)
+for number in range(4):
+    prompt = tuple(range(100 + number, 132 + number))
+    engine.add(TokenizedRequest(str(number), prompt, sampling, Assignment(key=None)), None)
+while engine.has_work:
+    engine.step()
+print(peak() - libraries)
+"""
+
+
+def test_an_engine_takes_little_more_than_the_stored_weights(default_model: Path) -> None:
+    if not choose_layout("auto", torch.float32, "cpu").widens:
+        pytest.skip("no compiled products here")
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(default_model)],
+        capture_output=True, text=True, check=True, timeout=240,
+    )  # fmt: skip
+    stored = (default_model / "model.safetensors").stat().st_size
+    # Beside the weights: the embedding once more, one matrix in float32, activations, allocators.
+    assert int(done.stdout) < 2.2 * stored
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_as_stored_is_the_same_model_in_the_dtype_of_its_files(
+    tiny_checkpoints: dict[str, Path], tmp_path: Path, family: str, stored: torch.dtype
+) -> None:
+    whole = load_causal_lm(tiny_checkpoints[family], torch.float32, "cpu")
+    whole.to(stored).save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_bytes(
+        (tiny_checkpoints[family] / "tokenizer.json").read_bytes()
+    )
+    expected = load_causal_lm(tmp_path, torch.float32, "cpu")
+    found = load_as_stored(tmp_path, load_config(tmp_path), torch.float32)
+    assert {parameter.dtype for parameter in found.parameters()} == {stored}
+    weights = dict(found.named_parameters())
+    for name, parameter in expected.named_parameters():
+        assert torch.equal(weights[name].float(), parameter)
+    buffers = dict(found.named_buffers())
+    assert buffers
+    for name, buffer in expected.named_buffers():
+        assert torch.equal(buffers[name], buffer)
