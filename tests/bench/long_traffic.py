@@ -135,10 +135,11 @@ def stalls(lab: Lab, texts: Texts, args: argparse.Namespace) -> Iterator[Figures
         for i, length in enumerate(args.long)
     ]
     unbounded = max(args.long) + args.streams
-    for name, settings in (
-        ("chunks of 64 (default)", {}),
-        ("whole prompts", {"prefill_chunk": unbounded, "max_batch_tokens": unbounded}),
-    ):
+    whole = {"prefill_chunk": unbounded, "max_batch_tokens": unbounded}
+    variants: list[tuple[str, dict[str, Any]]] = [("default", {})]
+    variants += [(f"chunks of {chunk}", {"prefill_chunk": chunk}) for chunk in args.chunks]
+    variants += [("whole", whole)] if args.whole else []
+    for name, settings in variants:
         engine = lab.engine(prefix_cache=False, **settings)
         alone = gaps(replay(engine, streams))
         answers = replay(engine, [*streams, *long])
@@ -215,6 +216,9 @@ def pressure(lab: Lab, texts: Texts, args: argparse.Namespace) -> Iterator[Figur
         }
 
 
+SCENARIOS = {"stalls": stalls, "prefixes": prefixes, "pressure": pressure}
+
+
 def markdown(report: dict[str, Any]) -> str:
     """The tables."""
     lines = [
@@ -246,6 +250,9 @@ def main() -> None:
     add("--streams", type=int, default=8)
     add("--tokens", type=int, default=400, help="of each running stream")
     add("--long", type=int, nargs="*", default=[2000, 500, 6000, 1000], help="prompts that arrive")
+    add("--chunks", type=int, nargs="*", default=[], help="other settings of prefill_chunk to try")
+    add("--no-whole", dest="whole", action="store_false", help="leave out prompts read whole")
+    add("--scenarios", nargs="+", choices=list(SCENARIOS), default=list(SCENARIOS))
     add("--system", type=int, default=512, help="tokens of the system prompt")
     add("--chats", type=int, default=24)
     add("--crowd", type=int, default=16, help="requests that do not fit in the KV cache")
@@ -265,10 +272,7 @@ def main() -> None:
         prepare.write_bundle(model, bundle, "full", 16, CLUSTERS)
         dtype = str(resolve_dtype("auto", device)).removeprefix("torch.")
         lab = Lab(model, bundle, device, args.threads, dtype)
-        tables = {
-            scenario.__name__: list(scenario(lab, texts, args))
-            for scenario in (stalls, prefixes, pressure)
-        }
+        tables = {name: list(SCENARIOS[name](lab, texts, args)) for name in args.scenarios}
     report = {
         "command": shlex.join(["python", *sys.argv]),
         "machine": machine,
@@ -280,7 +284,7 @@ def main() -> None:
     (args.out / "long_traffic.json").write_text(json.dumps(report, indent=1))
     (args.out / "long_traffic.md").write_text(markdown(report))
     print(markdown(report))
-    if not all(row["same_answers"] for row in tables["pressure"]):
+    if not all(row["same_answers"] for row in tables.get("pressure", [])):
         sys.exit("a preempted request was answered otherwise")
 
 
