@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 import torch
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from adapter_gen.update import SharedBases, UpdateSpec
 from cluster_router.wire.errors import ConfigError
@@ -15,9 +15,10 @@ from lm_workers.config import EngineConfig
 from lm_workers.detokenizer import TokenTexts
 from lm_workers.engine import Engine, SteppedEngine
 from lm_workers.graphs import choose_recorder
-from lm_workers.kv_cache import BlockPool, KVCache, bytes_per_token
+from lm_workers.kv_cache import BlockPool, KVCache, bytes_per_token, kv_geometry
 from lm_workers.layers.choose import choose_kernels, choose_layout
 from lm_workers.layers.decoder import is_family_config
+from lm_workers.layers.linear import Product
 from lm_workers.models import (
     describe_model,
     load_as_stored,
@@ -61,11 +62,7 @@ def build_engine(
     dtype = resolve_dtype(config.dtype, device)
     info = describe_model(path, str(path))
     layout = choose_layout(config.linear, dtype, device)
-    base = load_config(path)
-    if layout.widens and is_family_config(base):
-        model = load_as_stored(path, base, dtype)
-    else:
-        model = load_causal_lm(path, dtype, device)
+    model = _load_model(path, dtype, device, layout)
     max_context = min(config.max_context or info.context_length, info.context_length)
     prefixes = PrefixCache() if config.prefix_cache else None
     num_blocks = _num_blocks(config, model.config, dtype, device)
@@ -79,6 +76,7 @@ def build_engine(
     cache = KVCache(model.config, pool.num_blocks * config.block_size, dtype, device)
     bank = None if update is None else AdapterBank(*update, config.max_adapters, dtype, device)
     kernels = choose_kernels(config.kernels, dtype, device)
+    scheduler = Scheduler(config, pool, bank, _context_cost(model))
     eos = frozenset(info.eos_token_ids)
     return Engine(
         runner=ModelRunner(
@@ -90,7 +88,7 @@ def build_engine(
             kernels=kernels,
             record=choose_recorder(config.cuda_graphs, device),
         ),
-        scheduler=Scheduler(config, pool, bank),
+        scheduler=scheduler,
         sampler=Sampler(eos, kernels),
         texts=TokenTexts(load_tokenizer(path)),
         eos=eos,
@@ -113,6 +111,26 @@ def pick_device(name: str) -> str:
             "device",
         )
     return name
+
+
+def _load_model(
+    path: Path, dtype: torch.dtype, device: str, layout: type[Product]
+) -> PreTrainedModel:
+    """The model, in no wider a dtype than it is stored in where `layout` can take it so."""
+    config = load_config(path)
+    if layout.widens and is_family_config(config):
+        return load_as_stored(path, config, dtype)
+    return load_causal_lm(path, dtype, device)
+
+
+def _context_cost(model: PreTrainedModel) -> float:
+    """Multiplications of a token with one token of context, over those with the body's weights."""
+    config = model.config
+    layers, _, head_dim = kv_geometry(config)
+    embedding = model.get_input_embeddings().weight
+    matrices = [one for one in model.base_model.parameters() if one.dim() > 1]
+    weights = sum(one.numel() for one in matrices if one is not embedding)
+    return 2 * layers * config.num_attention_heads * head_dim / max(1, weights)
 
 
 def _num_blocks(

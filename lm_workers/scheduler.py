@@ -1,9 +1,10 @@
 """Which tokens the next step computes.
 
 Running sequences come first, one token each; prompts get what is left of the step's token budget,
-or only `prefill_chunk` of it, so that no stream stalls beside a long prompt. The prompt that runs
-longest gets half of that, so that it comes to its end; the rest goes to prompts that it completes,
-then to new ones, so that a short prompt need not wait for a long one.
+or only `prefill_chunk` of it, so that no stream stalls beside a long prompt. Tokens far into a
+prompt count for more there: they attend to more. The prompt that runs longest gets half of that, so
+that it comes to its end; the rest goes to prompts that it completes, then to new ones, so that a
+short prompt need not wait for a long one.
 
 Waiting requests are queued by cluster. Clusters whose update is resident go first, because a cold
 one costs a load and may push out a warm one; but a request that has waited `max_wait_s` goes
@@ -18,6 +19,7 @@ from __future__ import annotations
 from collections import OrderedDict, deque
 from collections.abc import Iterator
 from itertools import chain
+from math import ceil
 
 from cluster_router.wire.errors import OverloadedError
 from lm_workers.adapters import OFF, AdapterBank
@@ -34,14 +36,23 @@ class Scheduler:
         config: limits.
         pool: KV blocks.
         bank: resident updates; None serves the base model alone.
+        context_cost: what it costs a token to attend to one other, over what all else costs it.
     """
 
-    def __init__(self, config: EngineConfig, pool: BlockPool, bank: AdapterBank | None) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        pool: BlockPool,
+        bank: AdapterBank | None,
+        context_cost: float = 0.0,
+    ) -> None:
         self._config, self._pool, self._bank = config, pool, bank
+        self._context_cost = context_cost
         self.running: list[Sequence] = []
         self.queues: OrderedDict[str, deque[Sequence]] = OrderedDict()
         self.prompt_tokens, self.cached_tokens, self.preemptions = 0, 0, 0
         self._plan: dict[Sequence, int] = {}
+        self._beside_streams = False
         # Keys and values depend on the update only where it reaches below the head.
         self._keyed_by_update = bank is not None and bank.spec.depth == "full"
 
@@ -96,19 +107,20 @@ class Scheduler:
         room, admits = self._config.max_batch_tokens, self.num_waiting
         for sequence in [one for one in self.running if one.pending == 1]:
             room -= self._compute(sequence, room)
-        if self._plan:
+        self._beside_streams = bool(self._plan)
+        if self._beside_streams:
             room = min(room, self._config.prefill_chunk)
         prompts = [one for one in self.running if one.pending > 1]
         for sequence in prompts[:1]:
-            room -= self._compute(sequence, -(-room // 2))
+            room -= self._prefill(sequence, -(-room // 2))
         for sequence in sorted(prompts[1:], key=lambda one: one.pending):
-            if sequence.pending <= room:
-                room -= self._compute(sequence, room)
+            if sequence.pending * self._price(sequence) <= room:
+                room -= self._prefill(sequence, room)
         # A sequence that just made room must not take it again.
         if self.num_waiting <= admits:
             room = self._admit_all(now, room)
         for sequence in prompts:
-            room -= self._compute(sequence, room)
+            room -= self._prefill(sequence, room)
         spans = [
             Span(one, one.computed, one.computed + length) for one, length in self._plan.items()
         ]
@@ -159,6 +171,18 @@ class Scheduler:
         self._plan[sequence] = planned + length
         return length
 
+    def _prefill(self, sequence: Sequence, room: int) -> int:
+        """Plan as much of a prompt as `room` pays for; returns what it takes of it."""
+        price = self._price(sequence)
+        length = self._compute(sequence, min(room, max(1, int(room / price))))
+        return min(room, ceil(length * price))
+
+    def _price(self, sequence: Sequence) -> float:
+        """Of the next token of a prompt, in tokens of `prefill_chunk`."""
+        if not self._beside_streams:
+            return 1.0
+        return 1 + self._context_cost * (sequence.computed + self._plan.get(sequence, 0))
+
     def _make_room(self, sequence: Sequence, stop: int) -> bool:
         """Preempt the youngest until `sequence` can grow; False if it was preempted itself."""
         while not self._pool.can_extend(sequence.blocks, stop):
@@ -190,7 +214,7 @@ class Scheduler:
             sequence = self._admit(now)
             if sequence is None:
                 break
-            room -= self._compute(sequence, room)
+            room -= self._prefill(sequence, room)
         return room
 
     def _admit(self, now: float) -> Sequence | None:

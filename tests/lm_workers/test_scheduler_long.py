@@ -42,11 +42,13 @@ def sequence(
     )
 
 
-def scheduler(tokens: int = 32_000, adapters: int = 4, **config: object) -> Scheduler:
+def scheduler(
+    tokens: int = 32_000, adapters: int = 4, context_cost: float = 0.0, **config: object
+) -> Scheduler:
     settings = {"max_sequences": 32, "max_wait_s": 10.0, "prefill_chunk": CHUNK, **config}
     bank = AdapterBank(SPEC, init_bases(SPEC, 0), adapters, torch.float32, "cpu")
     pool = BlockPool(1 + tokens // 16, 16, PrefixCache())
-    return Scheduler(EngineConfig.model_validate(settings), pool, bank)
+    return Scheduler(EngineConfig.model_validate(settings), pool, bank, context_cost)
 
 
 def advance(one: Scheduler, batch: Batch) -> list[Span]:
@@ -86,6 +88,25 @@ def test_no_step_beside_running_streams_holds_more_than_one_chunk_of_prompts() -
         advance(one, batch)
         steps += 1
     assert steps >= 8000 // CHUNK
+
+
+def test_tokens_far_into_a_prompt_count_for_more_beside_streams() -> None:
+    one = scheduler(context_cost=1 / 1000)
+    one.add(sequence("stream", 4, output=1000, start=10**6))
+    advance(one, one.schedule(0.0))
+    one.add(sequence("long", 8000))
+    found = []
+    while not found or found[-1][0] < 7500:
+        batch = one.schedule(0.0)
+        found += [(span.start, span.length) for span in batch.spans if span.length > 1]
+        advance(one, batch)
+    assert found[0] == (0, CHUNK)
+    for start, length in found:
+        price = 1 + start / 1000
+        assert CHUNK - 3 * price < length * price <= CHUNK
+    # A short one is no dearer for it.
+    one.add(sequence("short", 20, output=1, start=2 * 10**6))
+    assert lengths(one.schedule(0.0))["short"] == 20
 
 
 def test_without_streams_a_prompt_takes_the_whole_step() -> None:
