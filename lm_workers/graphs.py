@@ -169,24 +169,37 @@ class DecodeGraphs:
 
 
 class CudaRecorder:
-    """Records CUDA graphs; see `Recorder`. They share one memory pool: one runs at a time."""
+    """Records CUDA graphs; see `Recorder`. They share one memory pool: one runs at a time.
 
-    def __init__(self) -> None:
+    Args:
+        device: that the computations run on.
+    """
+
+    def __init__(self, device: str) -> None:
+        self._device = torch.device(device)
         self._pool = torch.cuda.graph_pool_handle()
-        self._stream = torch.cuda.Stream()
+        self._stream = torch.cuda.Stream(self._device)
 
     def __call__(self, compute: Repeat) -> Repeat:
         """Run `compute` as a rehearsal, which allocates what libraries keep, and record it."""
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            compute()
-        torch.cuda.current_stream().wait_stream(self._stream)
+        with torch.cuda.device(self._device):
+            current = torch.cuda.current_stream()
+            self._stream.wait_stream(current)
+            with torch.cuda.stream(self._stream):
+                compute()
+            current.wait_stream(self._stream)
+            return self._record(compute, current)
+
+    def _record(self, compute: Repeat, current: torch.cuda.Stream) -> Repeat:
         graph = torch.cuda.CUDAGraph()
-        # Other threads may go on using the device.
-        with torch.cuda.graph(
-            graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
-        ):
-            result = compute()
+        try:
+            # Other threads may go on using the device.
+            with torch.cuda.graph(
+                graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+            ):
+                result = compute()
+        finally:
+            torch.cuda.set_stream(current)  # one that fails does not go back to it
 
         def repeat() -> torch.Tensor:
             graph.replay()
@@ -197,4 +210,4 @@ class CudaRecorder:
 
 def choose_recorder(wanted: bool, device: str) -> Recorder | None:
     """What records steps on `device`; None where each is computed anew."""
-    return CudaRecorder() if wanted and device.startswith("cuda") else None
+    return CudaRecorder(device) if wanted and device.startswith("cuda") else None
