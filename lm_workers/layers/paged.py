@@ -45,5 +45,5 @@ class PagedStep:
         """Cache slots [S, L] of each span's sequence, padded to a multiple of `KV_ALIGN`."""
         offsets = torch.arange(self.block_size, device=self.tables.device)
         slots = (self.tables[:, :, None] * self.block_size + offsets).flatten(1)
-        length = -(-int(self.spans[:, 2].max()) // KV_ALIGN) * KV_ALIGN
+        length = -(-max(self.spans[:, 2].tolist()) // KV_ALIGN) * KV_ALIGN
         return F.pad(slots, (0, max(0, length - slots.shape[1])))[:, :length]
