@@ -20,8 +20,9 @@ class EngineConfig(BaseModel):
         dtype: `auto` is bfloat16 where the device computes in it natively, else float32.
         max_sequences: requests that run at the same time; more wait in their cluster's queue.
         max_batch_tokens: tokens in one step.
-        prefill_chunk: prompt tokens in one step while streams are running. Bounds how long a long
-            prompt can hold them up.
+        prefill_chunk: prompt tokens in one step while streams are running; those far into a prompt
+            count for more. Bounds how long a prompt can hold streams up. More is not faster on two
+            CPU cores; on a GPU it is.
         max_context: longest prompt plus output; None is the model's own limit.
         block_size: tokens in one block of the KV cache.
         kv_cache_tokens: size of the KV cache; None is 1 GiB worth on a CPU, whose memory is taken
@@ -46,7 +47,7 @@ class EngineConfig(BaseModel):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     max_sequences: PositiveInt = 32
     max_batch_tokens: PositiveInt = 512
-    prefill_chunk: PositiveInt = 64
+    prefill_chunk: PositiveInt = 32
     max_context: PositiveInt | None = None
     block_size: PositiveInt = 16
     kv_cache_tokens: PositiveInt | None = None
