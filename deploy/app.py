@@ -70,15 +70,16 @@ def build(config: AppConfig) -> Application:
                 .bind(config)
             )
     # Serve must let every request through to the engine, which has the queues by cluster and says
-    # at once when they are full. Serve's own queues then hold requests for moments only, or while
-    # there is no replica; they are bounded for that.
+    # at once when they are full: at its bound for a replica Serve would hold requests back, and try
+    # again at growing intervals, which callers see as latency. Its own queues are for moments, or
+    # while there is no replica; they are bounded for that.
     capacity = config.engine.max_sequences + config.engine.max_queued
     most = 16 * capacity
     lm = (
         serve.deployment(LMReplica)
         .options(
             name="LMReplica",
-            max_ongoing_requests=2 * capacity,
+            max_ongoing_requests=most,
             max_queued_requests=most,
             backpressure_config=_FULL,
             graceful_shutdown_wait_loop_s=0.5,
