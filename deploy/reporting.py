@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from adapter_gen.generator import GeneratorStats
 from adapter_gen.refinery_worker import RefineryStatus
@@ -17,7 +17,10 @@ from cluster_router.traffic import OTHER as MERGED
 from cluster_router.traffic import Traffic
 from cluster_router.wire.types import TokenizedRequest
 from deploy.metrics import NONE, OTHER, Meters
-from lm_workers.engine import EngineStats
+
+# An engine brings the model classes with it, which only LM replicas need.
+if TYPE_CHECKING:
+    from lm_workers.engine import EngineStats
 
 INTERVAL_S = 2.0
 _PATIENCE_S = 5.0

@@ -6,14 +6,17 @@ import contextlib
 import io
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import AutoModelForCausalLM, GgufConfig, PreTrainedModel
 
 from cluster_router.wire.errors import ModelError
 from lm_workers.models.gguf_tokenizer import save_gguf_tokenizer
 from lm_workers.models.quiet import quiet_transformers
 from lm_workers.models.weights import CONFIG
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 MAGIC = b"GGUF"
 FORMAT = 1
@@ -76,6 +79,8 @@ def _convert(gguf: Path, folder: Path) -> None:
 
 def _dequantize(gguf: Path) -> PreTrainedModel:
     """The model with plain bfloat16 weights and a config that has forgotten GGUF."""
+    from transformers import AutoModelForCausalLM, GgufConfig
+
     packed, report = AutoModelForCausalLM.from_pretrained(
         gguf.parent,
         gguf_file=gguf.name,

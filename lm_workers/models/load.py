@@ -5,21 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from cluster_router.wire.errors import ConfigError, ModelError
 from lm_workers.models.quiet import quiet_transformers
 from lm_workers.models.weights import StoredTensor, check_folder, is_quantised, stored_tensors
+
+# Model classes take seconds to import; most processes want the tokenizer or the embedding alone.
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 DTYPES = {
     "float32": torch.float32,
@@ -46,6 +43,8 @@ def load_causal_lm(path: Path, dtype: torch.dtype, device: str) -> PreTrainedMod
         ModelError: files missing or damaged, weights missing, NaN or infinity in a weight, or an
             architecture that transformers does not know.
     """
+    from transformers import AutoModelForCausalLM
+
     _check_loadable(path)
     with _loading(path):
         model, report = AutoModelForCausalLM.from_pretrained(
@@ -74,6 +73,8 @@ def load_as_stored(path: Path, config: PretrainedConfig, dtype: torch.dtype) -> 
 
     Raises: see `load_causal_lm`.
     """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
     _check_loadable(path)
     # Copies: a tensor that safetensors gives may keep its whole file in memory.
     state = {name: one.read().clone() for name, one in stored_tensors(path).items()}
