@@ -28,6 +28,11 @@ def plot(summary: list[dict[str, Any]], path: Path) -> bool:
         rows = [row for row in summary if row["concurrency"] == concurrency]
         _draw(panel, rows, colours)
         panel.set(title=f"{concurrency} at a time", xlabel="clusters", ylabel="output tokens/s")
+        if clusters := sorted({row["clusters"] for row in rows if row["adapted"]}):
+            panel.set_xscale("log")
+            panel.set_xticks(clusters, [str(count) for count in clusters])
+            panel.minorticks_off()
+            panel.set_xlim(clusters[0] / 2, clusters[-1] * 2)  # one number alone has no range
         panel.set_ylim(bottom=0)
         panel.legend()
     figure.savefig(path, dpi=120)
@@ -53,4 +58,3 @@ def _draw(panel: Any, rows: list[dict[str, Any]], colours: dict[str, str]) -> No
             panel.errorbar(
                 clusters, middle, bars, color=colour, marker="o", label=engine, capsize=3
             )
-            panel.set_xscale("log")
