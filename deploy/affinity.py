@@ -1,7 +1,9 @@
 """Serve's request router for cluster affinity: a thin shell around cluster_router/affinity.py.
 
 The key of a request is its handle's `session_id`; what a replica holds comes from the
-`record_routing_stats` of its class, as `{RESIDENT: [ids]}`.
+`record_routing_stats` of its class, as `{RESIDENT: [ids]}`. A request that names its base model
+(the argument `base`) goes to replicas of that one: while an application's model is being replaced,
+tokens of one model must not be read by the other.
 
 `ray.serve.request_router` is an alpha API (read in Ray 2.60): what depends on it is all here.
 Serve pickles this module by value, so nothing in it may have state of its own.
@@ -10,6 +12,7 @@ Serve pickles this module by value, so nothing in it may have state of its own.
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Collection
 from typing import Any
 
@@ -19,10 +22,14 @@ from ray.serve.request_router import FIFOMixin, PendingRequest, RequestRouter, R
 from cluster_router.affinity import AffinityPolicy, Candidate, Residency, rank
 
 RESIDENT = "resident"
+BASE = "base"
 MAX_REPORTED = 512
 """Ids in one report, since every router receives it whenever it changes."""
 
 REPORT_PERIOD_S = 0.5
+
+HANDOVER_S = 120.0
+"""How long a request waits for a replica of its base model, where there are others alone."""
 
 
 class ClusterAffinityRouter(FIFOMixin, RequestRouter):
@@ -59,7 +66,8 @@ class ClusterAffinityRouter(FIFOMixin, RequestRouter):
         pending_request.routing_context.should_backoff = True  # all tiers are given at once
         key = pending_request.metadata.session_id or None
         # Shuffled, so that an idle service does not send everything unadapted to one replica.
-        replicas = random.sample(candidate_replicas, len(candidate_replicas))
+        fitting = _of_its_base(candidate_replicas, pending_request)
+        replicas = random.sample(fitting, len(fitting))
         by_name = {_name(one): one for one in replicas}
         tiers = rank(key, [self._candidate(one) for one in replicas], self._policy)
         if key is not None and tiers:
@@ -72,6 +80,19 @@ class ClusterAffinityRouter(FIFOMixin, RequestRouter):
         # Serve forgets a load it has not heard of for ten seconds, and asks when it counts.
         load = self.replica_queue_len_cache.get(replica.replica_id) or 0
         return Candidate(_name(replica), load, self._residency.of(_name(replica)))
+
+
+def _of_its_base(replicas: list[RunningReplica], request: PendingRequest) -> list[RunningReplica]:
+    """Replicas that serve the base model of `request`, or have not said which they serve.
+
+    All of them once it has waited long enough: they then say what is wrong.
+    """
+    base = request.kwargs.get(BASE)
+    fitting = [one for one in replicas if (one.routing_stats or {}).get(BASE, base) == base]
+    late = time.time() - request.created_at > HANDOVER_S
+    if base is None or (late and not fitting):
+        return replicas
+    return fitting
 
 
 def _name(replica: RunningReplica) -> str:

@@ -7,22 +7,36 @@ Only here are deployments made of classes. Replicas, autoscaling and resources a
 """
 
 # No postponed annotations here: Serve reads the type of `config` to validate the args against it.
+from collections.abc import Callable
+from typing import Any
+
 from ray import serve
-from ray.serve import Application
+from ray.serve import Application, Deployment
 from ray.serve.config import BackpressureConfig
 
 from deploy.affinity import router_config
 from deploy.config import AppConfig
 from deploy.console import BoardReplica
+from deploy.fit import check_bundle
 from deploy.learning import LearnerReplica
-from deploy.parts import GeneratorReplica, LMReplica, RouterReplica
+from deploy.parts import GeneratorReplica, LMReplica
+from deploy.placement import lm_resources
 from deploy.refining import RefineryReplica
+from deploy.router import RouterReplica
 
-_FULL = BackpressureConfig(status_code=429, retry_after_s=1)
 _DRAIN_S = 120
 """How long a replica that is being replaced may take to end the answers that it has begun."""
+
 _HEALTH_S = 2
 """How often Serve looks whether a replica lives, so how long it may miss one that was killed."""
+
+_FRONT: dict[str, Any] = {
+    "backpressure_config": BackpressureConfig(status_code=429, retry_after_s=1),
+    "graceful_shutdown_wait_loop_s": 0.5,
+    "graceful_shutdown_timeout_s": _DRAIN_S,
+    "health_check_period_s": _HEALTH_S,
+}
+"""Of the deployments that hold callers' requests."""
 
 
 def build(config: AppConfig) -> Application:
@@ -31,91 +45,80 @@ def build(config: AppConfig) -> Application:
     Raises:
         pydantic.ValidationError: a setting is unknown or out of range.
         ConfigError: the bundle does not exist.
+        BundleError: it is damaged, or not that of the base model.
     """
-    board = _board(config)
+    check_bundle(config)
+    board = _board().bind() if config.console.enabled else None
     generator = learner = refinery = None
-    if config.bundle_path is not None:
-        generator = (
-            serve.deployment(GeneratorReplica)
-            .options(
-                name="AdapterGenerator",
-                health_check_period_s=_HEALTH_S,
-                ray_actor_options={"num_cpus": 0.1},
-                request_router_config=router_config(config.routing),
-            )
-            .bind(config, board)
-        )
+    if config.bundle is not None:
+        generator = _generator(config).bind(config, board)
         if config.learner.enabled:
             # Never more than one: it is the only writer of clusters.
-            learner = (
-                serve.deployment(LearnerReplica)
-                .options(
-                    name="CentroidLearner",
-                    num_replicas=1,
-                    health_check_period_s=_HEALTH_S,
-                    ray_actor_options={"num_cpus": 0.1},
-                )
-                .bind(config, board)
-            )
+            learner = _single(LearnerReplica, "CentroidLearner").bind(config, board)
         if config.refinement.enabled:
             # Never more than one either, of refined updates.
-            refinery = (
-                serve.deployment(RefineryReplica)
-                .options(
-                    name="ClusterRefinery",
-                    num_replicas=1,
-                    health_check_period_s=_HEALTH_S,
-                    ray_actor_options={"num_cpus": 0.1},
-                )
-                .bind(config)
-            )
-    # Serve must let every request through to the engine, which has the queues by cluster and says
-    # at once when they are full: at its bound for a replica Serve would hold requests back, and try
-    # again at growing intervals, which callers see as latency. Its own queues are for moments, or
-    # while there is no replica; they are bounded for that.
-    capacity = config.engine.max_sequences + config.engine.max_queued
-    most = 16 * capacity
-    lm = (
-        serve.deployment(LMReplica)
-        .options(
-            name="LMReplica",
-            max_ongoing_requests=most,
-            max_queued_requests=most,
-            backpressure_config=_FULL,
-            graceful_shutdown_wait_loop_s=0.5,
-            graceful_shutdown_timeout_s=_DRAIN_S,
-            ray_actor_options={"num_cpus": 0.5},
-            health_check_period_s=_HEALTH_S,
-            request_router_config=router_config(config.routing),
-        )
-        .bind(config, generator, board)
-    )
-    router = serve.deployment(serve.ingress()(RouterReplica)).options(
-        name="ClusterRouter",
+            refinery = _single(RefineryReplica, "ClusterRefinery").bind(config)
+    lm = _lm(config).bind(config, generator, board)
+    return _router(config).bind(config, lm, generator, learner, refinery, board)
+
+
+def _single(replica: Callable[..., Any], name: str) -> Deployment:
+    return serve.deployment(replica).options(
+        name=name,
+        num_replicas=1,
         health_check_period_s=_HEALTH_S,
-        max_ongoing_requests=most,
-        max_queued_requests=most,
-        backpressure_config=_FULL,
-        graceful_shutdown_wait_loop_s=0.5,
-        graceful_shutdown_timeout_s=_DRAIN_S,
         ray_actor_options={"num_cpus": 0.1},
     )
-    return router.bind(config, lm, generator, learner, refinery, board)
 
 
-def _board(config: AppConfig) -> Application | None:
+def _generator(config: AppConfig) -> Deployment:
+    return serve.deployment(GeneratorReplica).options(
+        name="AdapterGenerator",
+        health_check_period_s=_HEALTH_S,
+        ray_actor_options={"num_cpus": 0.1},
+        request_router_config=router_config(config.routing),
+    )
+
+
+def _board() -> Deployment:
     """The console's board, never more than one: what it was told is nowhere else."""
-    if not config.console.enabled:
-        return None
-    return (
-        serve.deployment(BoardReplica)
-        .options(
-            name="StatusBoard",
-            num_replicas=1,
-            max_ongoing_requests=1000,
-            ray_actor_options={"num_cpus": 0.05},
-            # Each replica calls it each second, which is worth no line in a log.
-            logging_config={"enable_access_log": False},
-        )
-        .bind()
+    return serve.deployment(BoardReplica).options(
+        name="StatusBoard",
+        num_replicas=1,
+        max_ongoing_requests=1000,
+        ray_actor_options={"num_cpus": 0.05},
+        # Each replica calls it each second, which is worth no line in a log.
+        logging_config={"enable_access_log": False},
+    )
+
+
+def _most(config: AppConfig) -> int:
+    """Requests that Serve lets through to a replica, and as many again that it may hold.
+
+    It must let every request through to the engine, which has the queues by cluster and says at
+    once when they are full: at its bound for a replica Serve would hold requests back, and try
+    again at growing intervals, which callers see as latency. Its own queues are for moments, or
+    while there is no replica; they are bounded for that.
+    """
+    return 16 * (config.engine.max_sequences + config.engine.max_queued)
+
+
+def _lm(config: AppConfig) -> Deployment:
+    return serve.deployment(LMReplica).options(
+        name="LMReplica",
+        max_ongoing_requests=_most(config),
+        max_queued_requests=_most(config),
+        ray_actor_options=lm_resources(config.engine),
+        request_router_config=router_config(config.routing),
+        **_FRONT,
+    )
+
+
+def _router(config: AppConfig) -> Deployment:
+    return serve.deployment(serve.ingress()(RouterReplica)).options(
+        name="ClusterRouter",
+        max_ongoing_requests=_most(config),
+        max_queued_requests=_most(config),
+        ray_actor_options={"num_cpus": 0.1},
+        **_FRONT,
     )

@@ -34,7 +34,25 @@ def clusters_uri(config: LearningConfig, bundle: Bundle) -> str:
     Nor where only its clusters differ: ids would name others, or prompts be embedded otherwise.
     """
     root = config.uri or str(default_cache() / "clusters")
-    return f"{root.rstrip('/')}/{bundle.hypernetwork_id}-{bundle.clusters_id}"
+    return f"{root.rstrip('/')}/{clusters_name(bundle)}"
+
+
+def clusters_name(bundle: Bundle) -> str:
+    """Names the clusters of a bundle, and so of a base model."""
+    return f"{bundle.hypernetwork_id}-{bundle.clusters_id}"
+
+
+def check_clusters(theirs: str, ours: str) -> None:
+    """Refuse what a router of another bundle sends, as there are while one is being replaced.
+
+    Raises:
+        UnavailableError: the names differ.
+    """
+    if theirs != ours:
+        raise UnavailableError(
+            f"prompts of the clusters {theirs} are not for {ours}: the application's bundle or "
+            "base model is being replaced; if this goes on, two services share one application"
+        )
 
 
 class LearnerReplica:
@@ -53,6 +71,7 @@ class LearnerReplica:
                 "learner",
             )
         learning = config.learner
+        self._clusters = clusters_name(bundle)
         self._worker = LearnerWorker(
             TenantLearners(
                 bundle.snapshot,
@@ -71,8 +90,13 @@ class LearnerReplica:
             *telling(board, self._tell),
         ]
 
-    async def learn(self, batches: Batches) -> None:
-        """See LearnerWorker.learn."""
+    async def learn(self, batches: Batches, clusters: str) -> None:
+        """See LearnerWorker.learn. `clusters` names those that the prompts were assigned among.
+
+        Raises:
+            UnavailableError: they are not this learner's.
+        """
+        check_clusters(clusters, self._clusters)
         await self._worker.learn(batches)
 
     async def status(self) -> LearnerStatus:
@@ -96,17 +120,17 @@ class LearnerReplica:
 
 
 class RemoteLearner:
-    """The learner, seen through its handle."""
+    """The learner, seen through its handle; `clusters` names the bundle's that it learns of."""
 
-    def __init__(self, handle: DeploymentHandle) -> None:
-        self._handle = handle
+    def __init__(self, handle: DeploymentHandle, clusters: str) -> None:
+        self._handle, self._clusters = handle, clusters
 
     async def learn(self, embeddings: list[tuple[str, FloatArray]]) -> None:
         """Have the learner learn from embeddings [d] of prompts, each with its namespace.
 
         Cancelling the call takes it back.
         """
-        response = self._handle.learn.remote(by_namespace(embeddings))
+        response = self._handle.learn.remote(by_namespace(embeddings), self._clusters)
         try:
             await response
         except asyncio.CancelledError:
@@ -142,7 +166,7 @@ class RouterLearning:
         self.assigners = TenantAssigners(make, published, config.max_namespaces)
         self.assigners.load()
         self.outbox = Outbox(
-            RemoteLearner(learner).learn,
+            RemoteLearner(learner, clusters_name(bundle)).learn,
             "learner",
             config.batch_size,
             config.batch_interval_s,

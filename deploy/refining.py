@@ -22,8 +22,8 @@ from cluster_router.outbox import Outbox
 from cluster_router.refinements import NewestRefinements, Refinement, RefinementStore
 from cluster_router.wire.errors import ConfigError, UnavailableError
 from cluster_router.wire.types import Observation
-from deploy.config import AppConfig, RefinementConfig
-from deploy.learning import clusters_uri
+from deploy.config import AppConfig
+from deploy.learning import check_clusters, clusters_name, clusters_uri
 from deploy.logs import join_serve
 from deploy.reporting import INTERVAL_S, RefineryReporter, report_every
 from lm_workers.build import pick_device
@@ -53,6 +53,7 @@ class RefineryReplica:
         if bundle_path is None:
             raise ConfigError("there is no bundle whose clusters could be refined; set `bundle`")
         bundle = Bundle.load(bundle_path, describe_model(path, config.name).fingerprint)
+        self._clusters = clusters_name(bundle)
         store = refinement_store(config, bundle)
         assert store is not None, "bound only where it is enabled"
         refinery = config.refinement.refinery
@@ -71,8 +72,13 @@ class RefineryReplica:
             report_every(INTERVAL_S, self._report)
         )
 
-    async def offer(self, offered: list[Offered]) -> None:
-        """See RefineryWorker.offer."""
+    async def offer(self, offered: list[Offered], clusters: str) -> None:
+        """See RefineryWorker.offer. `clusters` names those that the prompts were assigned among.
+
+        Raises:
+            UnavailableError: they are not this refinery's.
+        """
+        check_clusters(clusters, self._clusters)
         await self._worker.offer(offered)
 
     async def status(self) -> RefineryStatus:
@@ -93,9 +99,8 @@ class RouterRefining:
 
     Args:
         config: the settings.
-        store: None where nothing is refined.
+        bundle: None where nothing can be adapted.
         refinery: None where nothing is refined.
-        poll_interval_s: how often the store is looked at.
 
     Attributes:
         outbox: what goes to the refinery; None where nothing is refined.
@@ -103,26 +108,27 @@ class RouterRefining:
 
     def __init__(
         self,
-        config: RefinementConfig,
-        store: RefinementStore | None,
+        config: AppConfig,
+        bundle: Bundle | None,
         refinery: DeploymentHandle | None,
-        poll_interval_s: float,
     ) -> None:
-        self._config = config
+        self._config = config.refinement
         self.outbox: Outbox[Offered] | None = None
         self._newest: NewestRefinements | None = None
-        if store is None or refinery is None:
+        store = None if bundle is None else refinement_store(config, bundle)
+        if bundle is None or store is None or refinery is None:
             return
         self._newest = NewestRefinements(store)
+        clusters = clusters_name(bundle)
 
         async def send(offered: list[Offered]) -> None:
-            await refinery.offer.remote(offered)
+            await refinery.offer.remote(offered, clusters)
 
         self.outbox = Outbox(send, "refinery", size=_BATCH)
         loop = asyncio.get_running_loop()
         self._tasks = (
             loop.create_task(self.outbox.run()),
-            loop.create_task(self._newest.follow(poll_interval_s)),
+            loop.create_task(self._newest.follow(config.learner.poll_interval_s)),
         )
 
     def refined(self, namespace: str, cluster: int) -> Refinement | None:

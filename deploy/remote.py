@@ -66,18 +66,23 @@ class RemoteGenerator:
 
 
 class RemoteWorker:
-    """The LM replicas, seen through their handle. Satisfies Worker."""
+    """The LM replicas, seen through their handle. Satisfies Worker.
 
-    def __init__(self, handle: DeploymentHandle) -> None:
-        self._handle = handle
+    Args:
+        handle: theirs.
+        base: content id of the base model that requests are tokenised for; no other answers them.
+    """
+
+    def __init__(self, handle: DeploymentHandle, base: str) -> None:
+        self._handle, self._base = handle, base
         self._streaming = handle.options(stream=True)
 
     async def generate(self, request: TokenizedRequest) -> AsyncIterator[TokenChunk]:
         """Stream from a replica that has the update, where one has room; closing cancels there."""
         key = request.assignment.key
-        # Serve's router finds the key here: see deploy/affinity.py.
+        # Serve's router finds the key and the base model here: see deploy/affinity.py.
         handle = self._streaming.options(session_id="" if key is None else key.id)
-        chunks = handle.generate.remote(request)
+        chunks = handle.generate.remote(request, base=self._base)
         try:
             async for chunk in chunks:
                 yield chunk

@@ -15,6 +15,7 @@ from ray.serve.schema import ServeDeploySchema
 from adapter_gen.bundle import Bundle
 from cluster_router.wire.errors import ConfigError
 from deploy.config import AppConfig
+from deploy.placement import check_gpus
 from deploy.proxy import CALLBACK, SETTING
 from lm_workers.models import describe_model, resolve_model
 
@@ -76,6 +77,7 @@ def read_config(path: Path, overrides: Overrides) -> ServeConfig:
     schema = _checked(ServeDeploySchema, document, str(path))
     place = f"{path}: applications.{application['name']}.args"
     settings = _checked(AppConfig, application.get("args") or {}, place)
+    _check_resources(settings, application)
     return ServeConfig(
         document=document | {"controller_options": _with_front(schema)},
         settings=settings,
@@ -106,6 +108,13 @@ def _override(document: dict[str, Any], application: dict[str, Any], given: Over
             holder[name] = (holder.get(name) or {}) | chosen
     if given.bundle == "none":
         application["args"]["bundle"] = None
+
+
+def _check_resources(settings: AppConfig, application: dict[str, Any]) -> None:
+    for one in application.get("deployments") or []:
+        # Serve takes the whole of `ray_actor_options` from here where there are any.
+        if one["name"] == "LMReplica" and one.get("ray_actor_options") is not None:
+            check_gpus(settings.engine, one["ray_actor_options"].get("num_gpus"))
 
 
 def _with_front(schema: ServeDeploySchema) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -59,6 +60,16 @@ class EngineConfig(BaseModel):
     kernels: KernelsName = "auto"
     cuda_graphs: bool = True
     cpu_threads: PositiveInt | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_device(cls, settings: Any) -> Any:
+        if isinstance(settings, Mapping) and "tensor_parallel" in settings:
+            raise ValueError(
+                "tensor_parallel: the built-in engine runs a model on one device; set "
+                "backend: vllm to split it over several"
+            )
+        return settings
 
     @model_validator(mode="after")
     def _every_running_sequence_fits_in_a_step(self) -> EngineConfig:

@@ -110,6 +110,23 @@ def resolve_model(model: str, cache_dir: Path | None = None) -> Path:
     )
 
 
+def find_model(model: str, cache_dir: Path | None = None) -> Path | None:
+    """The local folder that `model` stands for, where nothing has to be fetched or converted.
+
+    Raises:
+        ModelError: the folder holds no usable model.
+    """
+    if model == SMOLLM2.name:
+        return find_packaged(SMOLLM2, cache_dir or default_cache())
+    path = Path(model).expanduser()
+    if model and path.is_dir():
+        return check_folder(path.resolve())
+    if path.suffix.lower() != ".gguf" and HUB_ID.fullmatch(model):
+        with contextlib.suppress(LocalEntryNotFoundError, ModelError):
+            return check_folder(_snapshot(model, local=True))
+    return None
+
+
 def default_cache() -> Path:
     """$CHAMELEON_CACHE, else this user's cache folder."""
     override = os.environ.get("CHAMELEON_CACHE")

@@ -139,6 +139,7 @@ def _arguments(
         "max_model_len": _context(config, info),
         "max_num_seqs": config.max_sequences,
         "enable_prefix_caching": config.prefix_cache,
+        "tensor_parallel_size": config.tensor_parallel,
         "seed": secrets.randbits(31),  # of requests that bring none
     }
     if update is not None:

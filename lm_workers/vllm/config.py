@@ -16,6 +16,7 @@ _SET_HERE = {
     "max_loras": "max_adapters",
     "max_model_len": "max_context",
     "max_num_seqs": "max_sequences",
+    "tensor_parallel_size": "tensor_parallel",
 }
 _OURS = (
     "logits_processors",
@@ -51,9 +52,10 @@ class VllmConfig(BaseModel):
         max_adapters: updates resident on the device, and most that one step can mix; a request of
             a further one waits. Each takes as much memory as a whole LoRA adapter.
         max_queued: requests waiting before new ones are refused.
+        tensor_parallel: GPUs that every layer is split over, all of one machine. With more than one
+            a replica asks Ray for so many.
         options: any other arguments of vLLM's engine by its own names (`vllm.EngineArgs`), such as
-            `quantization`, `tensor_parallel_size`, `speculative_config`, `enforce_eager`,
-            `kv_cache_memory_bytes`.
+            `quantization`, `speculative_config`, `enforce_eager`, `kv_cache_memory_bytes`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -65,4 +67,10 @@ class VllmConfig(BaseModel):
     prefix_cache: bool = True
     max_adapters: PositiveInt = 8
     max_queued: PositiveInt = 256
+    tensor_parallel: PositiveInt = 1
     options: Annotated[dict[str, Any], AfterValidator(_free)] = {}
+
+    @property
+    def devices(self) -> int:
+        """Devices that one replica computes on."""
+        return self.tensor_parallel * int(self.options.get("pipeline_parallel_size", 1))

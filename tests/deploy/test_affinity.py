@@ -11,7 +11,14 @@ from ray.serve._private.common import DeploymentHandleSource, DeploymentID, Requ
 from ray.serve.request_router import PendingRequest, ReplicaID
 
 from cluster_router.affinity import AffinityPolicy
-from deploy.affinity import MAX_REPORTED, RESIDENT, ClusterAffinityRouter, routing_stats
+from deploy.affinity import (
+    BASE,
+    HANDOVER_S,
+    MAX_REPORTED,
+    RESIDENT,
+    ClusterAffinityRouter,
+    routing_stats,
+)
 from deploy.app import build
 from deploy.config import AppConfig
 
@@ -52,9 +59,9 @@ async def router(replicas: list[Replica]) -> ClusterAffinityRouter:
     return one
 
 
-def pending(key: str) -> PendingRequest:
+def pending(key: str, **named: Any) -> PendingRequest:
     metadata = RequestMetadata(request_id="r", internal_request_id="i", session_id=key)
-    return PendingRequest(args=[], kwargs={}, metadata=metadata)
+    return PendingRequest(args=[], kwargs=named, metadata=metadata)
 
 
 async def choose(router: ClusterAffinityRouter, key: str) -> list[list[str]]:
@@ -103,6 +110,27 @@ async def test_unadapted_requests_go_by_load(
         router.on_new_queue_len_info(one.replica_id, load)
     assert await choose(router, "") == [["b", "c", "a"]]
     assert router._residency.of("b") == set()
+
+
+async def test_requests_of_a_base_model_wait_for_its_replicas(
+    router: ClusterAffinityRouter, replicas: list[Replica]
+) -> None:
+    async def chosen(request: PendingRequest) -> set[str]:
+        tiers = await router.choose_replicas(list(router.curr_replicas.values()), request)
+        return {one.name for tier in tiers for one in tier}
+
+    for one, base in zip(replicas, ("old", "new", None), strict=True):
+        one.routing_stats = routing_stats([]) | ({} if base is None else {BASE: base})
+    router.update_replicas(replicas)
+    for key in ("", "x"):
+        assert await chosen(pending(key, base="old")) == {"a", "c"}, "c has not said which it is of"
+        assert await chosen(pending(key, base="new")) == {"b", "c"}
+        assert await chosen(pending(key)) == {"a", "b", "c"}
+    router.update_replicas(replicas[:1])
+    request = pending("x", base="new")
+    assert await chosen(request) == set()
+    request.created_at -= HANDOVER_S + 1
+    assert await chosen(request) == {"a"}, "which will say what is wrong"
 
 
 def test_a_report_keeps_the_most_recent() -> None:

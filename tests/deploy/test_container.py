@@ -68,7 +68,10 @@ def test_prometheus_scrapes_the_port_that_the_container_opens() -> None:
     assert port in re.findall(r"^EXPOSE (.+)$", (DEPLOY / "Dockerfile").read_text(), re.M)[0]
 
 
-@pytest.mark.parametrize("name", ["container.yaml", "config.yaml", "multi_gpu.yaml", "vllm.yaml"])
+@pytest.mark.parametrize(
+    "name",
+    ["container.yaml", "config.yaml", "multi_gpu.yaml", "tensor_parallel.yaml", "vllm.yaml"],
+)
 def test_configs_are_what_serve_and_we_take(name: str) -> None:
     config = ServeDeploySchema.model_validate(yaml.safe_load((DEPLOY / name).read_text()))
     for application in config.applications:

@@ -54,12 +54,17 @@ class Settings:
         )
 
 
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
+
+
 @contextmanager
 def running(settings: Settings) -> Iterator[str]:
     """Its URL."""
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port = one.getsockname()[1]
+    port = free_port()
     os.environ[SETTING] = CALLBACK  # inherited by the proxy
     ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False)
     try:

@@ -41,7 +41,9 @@ def config(tmp_path: Path) -> Callable[..., Path]:
     return make
 
 
-@pytest.mark.parametrize("name", ["config.yaml", "multi_gpu.yaml", "vllm.yaml"])
+@pytest.mark.parametrize(
+    "name", ["config.yaml", "multi_gpu.yaml", "tensor_parallel.yaml", "vllm.yaml"]
+)
 def test_shipped_configs_are_right(name: str) -> None:
     found = read_config(SHIPPED.with_name(name), Overrides())
     assert found.application == "chameleon" and found.port == 8000

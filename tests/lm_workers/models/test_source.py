@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from cluster_router.wire.errors import ModelError
 from lm_workers.models import DEFAULT_MODEL, load_causal_lm, resolve_model
 from lm_workers.models.fetch import file_sha256
-from lm_workers.models.source import default_cache, resolve_packaged
+from lm_workers.models.source import default_cache, find_model, resolve_packaged
 from lm_workers.models.weights import check_folder
 
 
@@ -184,3 +184,15 @@ def test_index_that_promises_more_than_there_is(llama: Path) -> None:
     (llama / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(ModelError, match="lack b"):
         resolve_model(str(llama))
+
+
+def test_what_is_found_without_fetching_or_converting(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lm_workers.models.source.download", None)
+    assert find_model(str(tiny_llama)) == tiny_llama.resolve()
+    (tmp_path / "one.gguf").touch()
+    for absent in (DEFAULT_MODEL, str(tmp_path / "one.gguf"), str(tmp_path / "nowhere"), "a/b"):
+        assert find_model(absent, tmp_path) is None
+    with pytest.raises(ModelError):
+        find_model(str(tmp_path))

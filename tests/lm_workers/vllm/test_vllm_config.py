@@ -18,9 +18,10 @@ from lm_workers.vllm.config import VllmConfig
 def test_the_backend_chooses_the_settings() -> None:
     assert AppConfig().engine == EngineConfig()
     assert isinstance(AppConfig.model_validate({"engine": {}}).engine, EngineConfig)
-    options = {"quantization": "awq", "tensor_parallel_size": 2}
+    options = {"quantization": "awq", "pipeline_parallel_size": 2}
     chosen = AppConfig.model_validate({"engine": {"backend": "vllm", "options": options}})
     assert chosen.engine == VllmConfig(options=options)
+    assert VllmConfig(options=options, tensor_parallel=4).devices == 8
     assert AppConfig.model_validate(chosen.model_dump()) == chosen
 
 
@@ -31,6 +32,9 @@ def test_the_backend_chooses_the_settings() -> None:
         ({"backend": "vllm", "block_size": 16}, "block_size"),
         ({"backend": "vllm", "max_sequences": 0}, "max_sequences"),
         ({"backend": "vllm", "options": {"max_num_seqs": 4}}, "setting `max_sequences`"),
+        ({"backend": "vllm", "tensor_parallel": 0}, "tensor_parallel"),
+        ({"backend": "vllm", "options": {"tensor_parallel_size": 2}}, "setting `tensor_parallel`"),
+        ({"tensor_parallel": 2}, "set backend: vllm to split it"),
         ({"backend": "vllm", "options": {"max_lora_rank": 4}}, "follows from"),
         ({"backend": "vllm", "options": {"trust_remote_code": True}}, "not free"),
     ],

@@ -12,20 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
 from ray import serve
 
-from adapter_gen.apply import init_bases
-from adapter_gen.bundle import Bundle
-from adapter_gen.hypernetwork import CoreConfig
-from adapter_gen.sites import discover_sites
-from cluster_router.wire.snapshot import ClusterSnapshot
 from deploy.app import build
 from deploy.config import AppConfig
 from lm_workers.engine import EngineStats
-from lm_workers.models import describe_model, load_causal_lm
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
 
@@ -75,32 +67,6 @@ class Struck:
         serve.run(application, name=APP, route_prefix=f"/{APP}")
 
 
-def write_bundle(model: Path, target: Path, seed: int) -> None:
-    """A bundle of untrained updates."""
-    info = describe_model(model, MODEL)
-    spec = discover_sites(load_causal_lm(model, torch.float32, "cpu"), "head", rank=2)
-    torch.manual_seed(seed)
-    hypernetwork = CoreConfig(width=8).build(spec, info.hidden_size)
-    centroids = np.eye(4, info.hidden_size, dtype=np.float32)
-    Bundle(
-        base_model=MODEL,
-        fingerprint=info.fingerprint,
-        hypernetwork=hypernetwork,
-        bases=init_bases(spec, seed),
-        snapshot=ClusterSnapshot(
-            version=1,
-            ids=np.arange(4, dtype=np.int64),
-            centroids=centroids,
-            sizes=np.full(4, 100, np.int64),
-            versions=np.ones(4, np.int64),
-            conditioning=centroids,
-            mean=np.zeros(info.hidden_size, np.float32),
-            threshold=0.5,
-        ),
-        created_by="a test",
-    ).save(target)
-
-
 def integrity() -> list[EngineStats]:
     """What each LM replica holds, once it has made sure that nothing is lost or held twice."""
     handle = serve.get_deployment_handle("LMReplica", APP)
@@ -120,6 +86,8 @@ def struck(
     tiny_llama: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Struck]:
+    from reliability.bundles import write_bundle
+
     root = tmp_path_factory.mktemp("faults")
     model = root / "model"
     shutil.copytree(tiny_llama, model)

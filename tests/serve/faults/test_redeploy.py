@@ -6,9 +6,10 @@ import asyncio
 
 import httpx
 import pytest
+from reliability.bundles import write_bundle
 from reliability.load import Load, ask, counted
 
-from .conftest import ASKED_FOR, Struck, write_bundle
+from .conftest import ASKED_FOR, Struck
 
 pytestmark = [pytest.mark.serve, ASKED_FOR]
 
