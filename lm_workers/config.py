@@ -22,8 +22,8 @@ class EngineConfig(BaseModel):
         max_sequences: requests that run at the same time; more wait in their cluster's queue.
         max_batch_tokens: tokens in one step.
         prefill_chunk: prompt tokens in one step while streams are running; those far into a prompt
-            count for more. Bounds how long a prompt can hold streams up. More is not faster on two
-            CPU cores; on a GPU it is.
+            count for more. Bounds how long a prompt can hold streams up. More was not faster on
+            two CPU cores; on a GPU it was not measured.
         max_context: longest prompt plus output; None is the model's own limit.
         block_size: tokens in one block of the KV cache.
         kv_cache_tokens: size of the KV cache; None is 1 GiB worth on a CPU, whose memory is taken
