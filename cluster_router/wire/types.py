@@ -26,8 +26,8 @@ def _printable(namespace: str) -> str:
     return namespace
 
 
-Timeout = Annotated[float, Field(gt=0, le=86400)]
-"""Seconds in which an answer must be complete."""
+Timeout = Annotated[float, Field(ge=0.001, le=86400)]
+"""Seconds in which an answer must be complete. Less than a thousandth is a mistake, not a wish."""
 
 Namespace = Annotated[str, AfterValidator(_printable), Field(json_schema_extra={"maxLength": 128})]
 """Name of a tenant, whose clusters are kept apart from those of others."""
