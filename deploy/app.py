@@ -2,7 +2,8 @@
 
     serve run deploy/config.yaml
 
-Only here are deployments made of classes. Replicas, autoscaling and resources are set under
+Only here are deployments made of classes; each is in a module of its own, so that a process imports
+no more than it runs. Replicas, autoscaling and resources are set under
 `deployments:` in the config file; the values below are what holds without it.
 """
 
@@ -18,8 +19,9 @@ from deploy.affinity import router_config
 from deploy.config import AppConfig
 from deploy.console import BoardReplica
 from deploy.fit import check_bundle
+from deploy.generator import GeneratorReplica
 from deploy.learning import LearnerReplica
-from deploy.parts import GeneratorReplica, LMReplica
+from deploy.lm import LMReplica
 from deploy.placement import lm_resources
 from deploy.refining import RefineryReplica
 from deploy.router import RouterReplica

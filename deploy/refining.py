@@ -26,7 +26,7 @@ from deploy.config import AppConfig
 from deploy.learning import check_clusters, clusters_name, clusters_uri
 from deploy.logs import join_serve
 from deploy.reporting import INTERVAL_S, RefineryReporter, report_every
-from lm_workers.build import pick_device
+from lm_workers.device import pick_device
 from lm_workers.models import describe_model, load_causal_lm, resolve_dtype, resolve_model
 
 _NICENESS = 10

@@ -13,6 +13,7 @@ from cluster_router.wire.errors import ConfigError
 from lm_workers.adapters import AdapterBank
 from lm_workers.config import EngineConfig
 from lm_workers.detokenizer import TokenTexts
+from lm_workers.device import pick_device
 from lm_workers.engine import Engine, SteppedEngine
 from lm_workers.graphs import choose_recorder
 from lm_workers.kv_cache import BlockPool, KVCache, bytes_per_token, kv_geometry
@@ -94,23 +95,6 @@ def build_engine(
         eos=eos,
         max_context=max_context,
     )
-
-
-def pick_device(name: str) -> str:
-    """The device that a setting names.
-
-    Raises:
-        ConfigError: CUDA is asked for and there is none.
-    """
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(
-            f"device {name!r} asked for, but torch {torch.__version__} sees no CUDA device; "
-            "install the `gpu` extra and a driver, or set device to cpu",
-            "device",
-        )
-    return name
 
 
 def _load_model(

@@ -33,7 +33,7 @@ from adapter_gen.apply import adapted_linear, init_bases
 from adapter_gen.update import HEAD, LoraDelta, SharedBases, Site, UpdateSpec
 from cluster_router.wire.types import AdapterKey
 from lm_workers.adapters import AdapterBank, RowSlots
-from lm_workers.build import pick_device
+from lm_workers.device import pick_device
 from lm_workers.layers.choose import choose_kernels, choose_layout
 from lm_workers.layers.linear import LinearGroup, RowUpdate
 from lm_workers.models import resolve_dtype

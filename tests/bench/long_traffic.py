@@ -35,7 +35,7 @@ from serving_bench.machine import describe_machine
 from serving_bench.texts import find_text
 from serving_bench.workload import Request, Workload
 
-from lm_workers.build import pick_device
+from lm_workers.device import pick_device
 from lm_workers.models import DEFAULT_MODEL, load_tokenizer, resolve_dtype, resolve_model
 
 CLUSTERS = 4

@@ -31,7 +31,7 @@ from serving_bench.texts import find_text
 from serving_bench.variants import ENGINES, Inputs, Variant, environment, interpreter, variants
 from serving_bench.workload import Workload, make_workload
 
-from lm_workers.build import pick_device
+from lm_workers.device import pick_device
 from lm_workers.models import DEFAULT_MODEL, load_tokenizer, resolve_dtype, resolve_model
 
 WARM_UP = -1  # its prompts come in no measured run

@@ -10,7 +10,8 @@ from pydantic import ValidationError
 from cluster_router.wire.errors import BundleError, ConfigError, ModelError
 from deploy.app import build
 from deploy.config import SHIPPED, AppConfig
-from deploy.parts import GeneratorReplica, LMReplica
+from deploy.generator import GeneratorReplica
+from deploy.lm import LMReplica
 
 ROOT = Path(__file__).parents[2]
 DEFAULT = "smollm2-135m-instruct"

@@ -14,7 +14,7 @@ from cluster_router.wire.types import Assignment, SamplingParams, TokenizedReque
 from deploy.app import build
 from deploy.config import AppConfig
 from deploy.learning import LearnerReplica, clusters_name
-from deploy.parts import LMReplica
+from deploy.lm import LMReplica
 from lm_workers.models import describe_model
 
 ENGINE = {"dtype": "float32", "kernels": "reference", "cpu_threads": 1, "kv_cache_tokens": 512}

@@ -1,0 +1,87 @@
+"""The generator replica: updates, from bundle to object store."""
+
+from __future__ import annotations
+
+import asyncio
+
+import ray
+from cachetools import LRUCache
+from ray.serve.handle import DeploymentHandle
+
+from adapter_gen.export import export_peft, zip_files
+from adapter_gen.generator import AdapterGenerator
+from cluster_router.console.reports import GeneratorReport, Place
+from cluster_router.wire.errors import BundleError
+from cluster_router.wire.forms import ExportForm
+from cluster_router.wire.types import AdapterKey, Conditioning
+from deploy.affinity import routing_stats
+from deploy.config import AppConfig
+from deploy.console import RemoteBoard, telling
+from deploy.fit import load_bundle
+from deploy.logs import join_serve
+from deploy.refining import refinement_store
+from deploy.reporting import INTERVAL_S, GeneratorReporter, report_every
+from lm_workers.models import describe_model, load_lm_head, resolve_model
+
+
+class GeneratorReplica:
+    """Serves an AdapterGenerator: updates as numpy in the object store."""
+
+    def __init__(self, config: AppConfig, board: DeploymentHandle | None = None) -> None:
+        join_serve()
+        self._path = resolve_model(config.model)
+        self._base_model = config.model
+        bundle = load_bundle(config, describe_model(self._path, config.name))
+        if bundle is None:
+            raise BundleError("there is no bundle to generate from; set `bundle`")
+        self._bundle = bundle
+        self._generator = AdapterGenerator(
+            bundle,
+            config.generator.cache_bytes,
+            config.generator.device,
+            None if (store := refinement_store(config, bundle)) is None else store.load,
+        )
+        # One object a key, however many replicas ask; the store keeps it while the ref lives.
+        self._refs: LRUCache[str, ray.ObjectRef] = LRUCache(
+            max(1, config.generator.cache_bytes // (2 * bundle.spec.numbers_per_cluster))
+        )
+        self._reporter = GeneratorReporter()
+        loop = asyncio.get_running_loop()
+        self._tasks = [
+            loop.create_task(report_every(INTERVAL_S, self._report)),
+            *telling(board, self._tell),
+        ]
+
+    async def get(self, key: AdapterKey, conditioning: Conditioning | None) -> list[ray.ObjectRef]:
+        """A reference to the update `key`, in a list so that Serve does not resolve it."""
+        delta = await self._generator.get(key, conditioning)
+        if key.id not in self._refs:
+            self._refs[key.id] = ray.put(delta)
+        return [self._refs[key.id]]
+
+    async def record_routing_stats(self) -> dict[str, list[str]]:
+        """What this replica has at hand, for the request router."""
+        return routing_stats(self._refs)
+
+    async def _report(self) -> None:
+        self._reporter.report(self._generator.stats())
+
+    async def _tell(self, board: RemoteBoard, place: Place) -> None:
+        stats = self._generator.stats()
+        report = GeneratorReport(stats.generated, stats.failed, stats.in_flight, stats.entries)
+        await board.hear_generator(place, report)
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """What `deploy/autoscaling.py` counts: updates being generated, or waiting to be."""
+        return {"misses": self._generator.stats().in_flight}
+
+    async def export(
+        self, key: AdapterKey, conditioning: Conditioning | None, form: ExportForm
+    ) -> bytes:
+        """The update as a zip archive of a PEFT adapter."""
+        delta = await self._generator.get(key, conditioning)
+        bundle = self._bundle
+        head = load_lm_head(self._path)
+        return zip_files(
+            export_peft(delta, bundle.spec, bundle.bases, self._base_model, head, form=form)
+        )
