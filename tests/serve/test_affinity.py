@@ -10,26 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import numpy as np
 import psutil
 import pytest
 import ray
-import torch
 from ray import serve
+from reliability.bundles import write_bundle
 
-from adapter_gen.apply import init_bases
-from adapter_gen.bundle import Bundle
-from adapter_gen.hypernetwork import CoreConfig
-from adapter_gen.sites import discover_sites
 from cluster_router.client import ChameleonClient
-from cluster_router.wire.snapshot import ClusterSnapshot
 from cluster_router.wire.types import GenerateResult, SamplingParams
 from deploy.affinity import RESIDENT
 from deploy.app import build
 from deploy.cli.keys import add_key
 from deploy.client import connect
 from deploy.config import AppConfig
-from lm_workers.models import describe_model, load_causal_lm
 
 pytestmark = pytest.mark.serve
 
@@ -39,30 +32,6 @@ COLD = CLUSTERS - 1  # asked for by the last test alone
 PATIENCE = 4.0
 SHORT = SamplingParams(max_tokens=4, temperature=0, ignore_eos=True)
 ENGINE = {"dtype": "float32", "max_sequences": 4, "max_batch_tokens": 64, "kernels": "reference"}
-
-
-def write_bundle(model: Path, target: Path) -> None:
-    """A bundle of untrained updates for `CLUSTERS` clusters."""
-    info = describe_model(model, "tiny")
-    spec = discover_sites(load_causal_lm(model, torch.float32, "cpu"), "head", rank=2)
-    centroids = np.eye(CLUSTERS, info.hidden_size, dtype=np.float32)
-    Bundle(
-        base_model="tiny",
-        fingerprint=info.fingerprint,
-        hypernetwork=CoreConfig(width=8).build(spec, info.hidden_size),
-        bases=init_bases(spec, seed=0),
-        snapshot=ClusterSnapshot(
-            version=1,
-            ids=np.arange(CLUSTERS, dtype=np.int64),
-            centroids=centroids,
-            sizes=np.full(CLUSTERS, 100, np.int64),
-            versions=np.ones(CLUSTERS, np.int64),
-            conditioning=centroids,
-            mean=centroids.mean(0),
-            threshold=0.0,
-        ),
-        created_by="a test",
-    ).save(target)
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +56,7 @@ def client(
 ) -> Iterator[ChameleonClient]:
     """A second application on the service's Ray cluster, with three tiny LM replicas."""
     bundle = tmp_path_factory.mktemp("affinity") / "bundle"
-    write_bundle(tiny_llama, bundle)
+    write_bundle(tiny_llama, bundle, seed=0, clusters=CLUSTERS)
     application = build(
         AppConfig.model_validate(
             {

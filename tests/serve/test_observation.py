@@ -7,21 +7,29 @@ import json
 import re
 import time
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import httpx
+import numpy as np
 import pytest
 import ray
+import torch
 from prometheus_client.parser import text_string_to_metric_families
 from ray import serve
+from torch import nn
 
+from adapter_gen.bundle import Bundle
 from deploy.app import build
 from deploy.config import AppConfig
 from deploy.metrics import METRICS
+from lm_workers.models import load_causal_lm
+from training.base import FrozenBase
 from training.config import DataSettings
-from training.data import SPLITS, open_reader
+from training.data import SPLITS, Window, open_reader
+from training.scoring import WindowScorer
 
 pytestmark = pytest.mark.serve
 
@@ -206,13 +214,14 @@ def test_nothing_of_a_prompt_is_written_or_exported(
 
 @pytest.fixture(scope="module")
 def kept(service, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
-    """An application that logs the requests of one namespace."""
+    """An application that logs the requests of one namespace, and estimates every gain."""
     folder = tmp_path_factory.mktemp("requests")
     config = AppConfig.model_validate(
         {
             "engine": {"dtype": "float32", "max_context": 512, "max_sequences": 8},
             "generator": {"patience_s": 60},
             "learner": {"enabled": False},
+            "metrics": {"gain_share": 1},
             "request_log": {"namespaces": ["open"], "uri": str(folder), "interval_s": 0.2},
         }
     )
@@ -249,6 +258,60 @@ def test_only_whose_requests_may_be_kept_are_logged_for_training(
     assert reader.domains() == ["open"]
     read = {one.text for split in SPLITS for one in reader.documents("open", split)}
     assert read == wanted
+
+
+def test_the_gain_of_live_traffic_is_what_its_prompts_gain(
+    service, kept: tuple[str, Path], bundle_path: Path, default_model: Path
+) -> None:
+    url, _ = kept
+    http = httpx.Client(base_url=url, timeout=120)
+    gains: dict[int, list[float]] = {}
+    bundle = Bundle.load(bundle_path, None)
+    scorer = WindowScorer(Float32Base(default_model), bundle.spec)
+    for place in range(100, 106):
+        body = {"model": service.model, "prompt": question(place), "max_tokens": 9}
+        body |= {"namespace": "measured", "ignore_eos": True}
+        answer = http.post("/v1/completions", json=body).raise_for_status().json()
+        cluster = answer["adaptation"]["cluster"]
+        gains.setdefault(cluster, []).append(gain(scorer, bundle, question(place), cluster))
+        # One prompt is scored at a time, and few wait.
+        poll(lambda: estimates() == sum(map(len, gains.values())))
+    for cluster, expected in gains.items():
+        who = {"application": "kept", "namespace": "measured", "cluster": str(cluster)}
+        live = value("ray_chameleon_conditioning_gain_nats", **who)
+        assert live == pytest.approx(np.mean(expected), abs=1e-4)
+        assert abs(live) > 1e-3, "the update should be felt"
+
+
+class Float32Base(FrozenBase):
+    """The evaluator's base model in the arithmetic of the test's service."""
+
+    @cached_property
+    def model(self) -> nn.Module:
+        return load_causal_lm(self.path, torch.float32, self.device)
+
+
+def estimates() -> float:
+    return value(
+        "ray_chameleon_conditioning_gain_estimates_total",
+        application="kept",
+        namespace="measured",
+    )
+
+
+def gain(scorer: WindowScorer, bundle: Bundle, text: str, cluster: int) -> float:
+    """Nats per token by which the evaluator finds `cluster`'s update better than the static one."""
+    tokens = np.array(scorer.base.tokenizer(text)["input_ids"], np.int32)
+    window = Window(tokens, 1, "sql", len(text))
+    row = bundle.snapshot.row(cluster)
+    assert row is not None
+    conditioning = bundle.snapshot.conditioning_of(row)
+    vector = torch.from_numpy(np.array(conditioning.vector, np.float32))[None]
+    with torch.no_grad():
+        generated = bundle.hypernetwork(vector, torch.tensor([conditioning.support]))
+    static = scorer.score([window], bundle.bases)
+    own = scorer.score([window], bundle.bases, generated)
+    return float((static - own)[0]) / window.scored
 
 
 def logged(folder: Path) -> list[str]:

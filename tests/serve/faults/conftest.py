@@ -6,7 +6,6 @@ import itertools
 import json
 import os
 import shutil
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +13,11 @@ from typing import Any
 
 import pytest
 from ray import serve
+from reliability.bundles import write_bundle
 
 from deploy.app import build
 from deploy.config import AppConfig
 from lm_workers.engine import EngineStats
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
 
 APP = MODEL = "faults"
 CAPACITY = 2 * (4 + 8)  # of both replicas: running and waiting
@@ -86,8 +84,6 @@ def struck(
     tiny_llama: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Struck]:
-    from reliability.bundles import write_bundle
-
     root = tmp_path_factory.mktemp("faults")
     model = root / "model"
     shutil.copytree(tiny_llama, model)
