@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import heapq
 import logging
 import threading
 import time
@@ -35,6 +36,8 @@ _PACE = 32
 """Answers over whose ends the pace is taken."""
 
 _LONGEST_WAIT_S = 60.0
+"""OpenAI's clients take no longer wait for an answer to how long they should."""
+
 _MOST_MISSING = 1024
 _FORGET_S = 60.0
 """After so long an update is asked for once more: the first call is taken for lost."""
@@ -87,7 +90,10 @@ class LMWorker:
         self._missing: LRUCache[str, None] = LRUCache(_MOST_MISSING)
         self._commands: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._streams: dict[str, tuple[asyncio.AbstractEventLoop, asyncio.Queue[Outcome]]] = {}
+        # The latest ends of answers while others waited: at no other time do they show the pace.
         self._ends: deque[float] = deque(maxlen=_PACE)
+        # When those who were refused were told to come again, as a heap.
+        self._returns: list[float] = []
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -290,7 +296,7 @@ class LMWorker:
         try:
             self._engine.add(request, delta)
         except OverloadedError as full:
-            refusal = OverloadedError(full.message, full.param, self._drained_in())
+            refusal = OverloadedError(full.message, full.param, self._turn_in())
             loop.call_soon_threadsafe(outcomes.put_nowait, refusal)
         except ChameleonError as refused:
             loop.call_soon_threadsafe(outcomes.put_nowait, refused)
@@ -304,19 +310,33 @@ class LMWorker:
             del self._streams[name]
             self._engine.abort(name)
 
-    def _drained_in(self) -> float:
-        """Seconds in which, at the latest pace, all that waits now will have begun."""
+    def _turn_in(self) -> float:
+        """Seconds after which who is refused now should come again.
+
+        By then, at the latest pace, all will have begun that wait now or were told to come before:
+        if all were told the same, all would come at once, and refusing them is work as well.
+        """
+        now = time.monotonic()
+        while self._returns and self._returns[0] <= now:
+            heapq.heappop(self._returns)
         if len(self._ends) < 2:
             return 1.0
-        each = (time.monotonic() - self._ends[0]) / len(self._ends)
-        return min(max(1.0, self._engine.num_waiting * each), _LONGEST_WAIT_S)
+        each = (now - self._ends[0]) / len(self._ends)
+        wait = max(1.0, each * (self._engine.num_waiting + len(self._returns)))
+        if wait >= _LONGEST_WAIT_S:
+            return _LONGEST_WAIT_S
+        heapq.heappush(self._returns, now + wait)
+        return wait
 
     def _deliver(self, name: str, outcome: Outcome) -> None:
         loop, outcomes = self._streams[name]
         if isinstance(outcome, Exception) or outcome.finish_reason is not None:
             # Nothing is left to abort; and the next stream of this name is another one.
             del self._streams[name]
-            self._ends.append(time.monotonic())
+            if self._engine.num_waiting:
+                self._ends.append(time.monotonic())
+            else:
+                self._ends.clear()
         if not loop.is_closed():  # a reader that is gone must not end this thread
             loop.call_soon_threadsafe(outcomes.put_nowait, outcome)
 

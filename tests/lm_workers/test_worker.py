@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from adapter_gen.update import LoraDelta
@@ -125,18 +126,33 @@ async def test_close_ends_open_streams_and_later_ones(tiny_llama: Path) -> None:
         await text(worker, request("b"))
 
 
-async def test_a_full_engine_says_in_how_long_its_queue_will_have_drained(worker: LMWorker) -> None:
-    async def refusals(burst: str) -> list[float]:
-        streams = [worker.generate(request(f"{burst}{i}")) for i in range(40)]
-        firsts = await asyncio.gather(*(anext(one) for one in streams), return_exceptions=True)
-        await asyncio.gather(*(one.aclose() for one in streams))
-        return [one.retry_after for one in firsts if isinstance(one, OverloadedError)]
+async def refusals(worker: LMWorker, burst: str) -> list[float]:
+    """What those are told, one after the other, who are refused of 40 that come at once."""
+    streams = [worker.generate(request(f"{burst}{i}")) for i in range(40)]
+    firsts = await asyncio.gather(*(anext(one) for one in streams), return_exceptions=True)
+    await asyncio.gather(*(one.aclose() for one in streams))
+    return [one.retry_after for one in firsts if isinstance(one, OverloadedError)]
 
-    assert 1 <= min(await refusals("a")) <= 60
+
+async def test_each_who_is_refused_is_told_a_turn_of_its_own(worker: LMWorker) -> None:
     now = time.monotonic()
     worker._ends.extend(now - 4 * ago for ago in range(32, 0, -1))  # one end each four seconds
-    first = (await refusals("b"))[0]
-    assert 8 * 4 <= first < 8 * 6, "eight wait"
+    told = await refusals(worker, "a")
+    assert 8 * 4 <= told[0] < 8 * 4 + 2, "eight wait"
+    before_the_last = [wait for wait in told if wait < 60]
+    assert len(before_the_last) == 7
+    assert np.diff(before_the_last) == pytest.approx(4, abs=0.5)
+    assert set(told) == {*before_the_last, 60}, "nobody waits longer"
+    worker._returns[:] = [now] * 7  # the time of all of them has come
+    assert (await refusals(worker, "b"))[0] < 8 * 4 + 2
+
+
+async def test_the_pace_is_that_of_an_engine_for_which_others_wait(worker: LMWorker) -> None:
+    assert set(await refusals(worker, "a")) == {1.0}, "nothing is known of its pace"
+    long_ago = time.monotonic() - 1000
+    worker._ends.extend(long_ago + second for second in range(32))
+    await text(worker, request("alone"))
+    assert set(await refusals(worker, "b")) == {1.0}
 
 
 async def test_integrity_is_checked_between_steps(worker: LMWorker) -> None:
