@@ -29,7 +29,14 @@ pytestmark = [
 
 APP = "watched"
 WAITED_FOR_S = 90
-NOTHING_TO_SHOW = {"Fallbacks A", "Refinements A"}
+NOTHING_TO_SHOW = {
+    "Embeddings B",  # refused
+    "Embeddings C",  # lost on their way
+    "Fallbacks A",
+    "Loads, evictions, preemptions C",  # preemptions
+    "Refinements A",
+    "Updates asked for C",  # failures
+}
 """Queries of what does not happen here."""
 
 
