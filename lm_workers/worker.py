@@ -35,6 +35,9 @@ T = TypeVar("T")
 _PACE = 32
 """Answers over whose ends the pace is taken."""
 
+_UNKNOWN_PACE_S = 0.1
+"""Seconds an answer, until the engine was first seen to be busy."""
+
 _LONGEST_WAIT_S = 60.0
 """OpenAI's clients take no longer wait for an answer to how long they should."""
 
@@ -92,6 +95,7 @@ class LMWorker:
         self._streams: dict[str, tuple[asyncio.AbstractEventLoop, asyncio.Queue[Outcome]]] = {}
         # The latest ends of answers while others waited: at no other time do they show the pace.
         self._ends: deque[float] = deque(maxlen=_PACE)
+        self._pace_s = _UNKNOWN_PACE_S
         # When those who were refused were told to come again, as a heap.
         self._returns: list[float] = []
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -319,10 +323,9 @@ class LMWorker:
         now = time.monotonic()
         while self._returns and self._returns[0] <= now:
             heapq.heappop(self._returns)
-        if len(self._ends) < 2:
-            return 1.0
-        each = (now - self._ends[0]) / len(self._ends)
-        wait = max(1.0, each * (self._engine.num_waiting + len(self._returns)))
+        if len(self._ends) > 1:
+            self._pace_s = (now - self._ends[0]) / len(self._ends)
+        wait = max(1.0, self._pace_s * (self._engine.num_waiting + len(self._returns)))
         if wait >= _LONGEST_WAIT_S:
             return _LONGEST_WAIT_S
         heapq.heappush(self._returns, now + wait)
