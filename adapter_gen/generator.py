@@ -41,8 +41,7 @@ class GeneratorStats:
         evicted: updates dropped from the cache to make room.
         entries: updates held.
         bytes: bytes held.
-        last_generation_seconds: wall time of the last generation, queueing included.
-        generation_seconds: of all of them.
+        generation_seconds: wall time of all generations, queueing included.
     """
 
     hits: int
@@ -53,7 +52,6 @@ class GeneratorStats:
     evicted: int
     entries: int
     bytes: int
-    last_generation_seconds: float
     generation_seconds: float
 
 
@@ -89,7 +87,7 @@ class AdapterGenerator:
         # One thread: torch spreads one generation over the cores, two would only contend.
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="adapter-generator")
         self._hits = self._misses = self._generated = self._failed = 0
-        self._last_seconds = self._seconds = 0.0
+        self._seconds = 0.0
 
     async def get(self, key: AdapterKey, conditioning: Conditioning | None) -> LoraDelta:
         """The update named `key`, from the cache or generated now.
@@ -151,7 +149,6 @@ class AdapterGenerator:
             evicted=self._cache.evicted,
             entries=len(self._cache),
             bytes=int(self._cache.currsize),
-            last_generation_seconds=self._last_seconds,
             generation_seconds=self._seconds,
         )
 
@@ -174,8 +171,7 @@ class AdapterGenerator:
         finally:
             del self._in_flight[key]
         self._generated += 1
-        self._last_seconds = time.perf_counter() - started
-        self._seconds += self._last_seconds
+        self._seconds += time.perf_counter() - started
         return delta
 
     def _load_refined(self, key: AdapterKey) -> LoraDelta | None:

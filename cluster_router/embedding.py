@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from cluster_router.wire.errors import ConfigError, RequestError
 from cluster_router.wire.types import FloatArray
@@ -63,24 +63,6 @@ class TokenEmbedder:
         if int(ids.min()) < 0 or int(ids.max()) >= self.vocab_size:
             raise RequestError(f"prompt tokens must lie in 0..{self.vocab_size - 1}", "prompt")
         return self._embed(ids)
-
-    def embed_batch(self, tokens: ArrayLike, mask: ArrayLike) -> FloatArray:
-        """Embed a padded batch: `tokens` [B, T] where `mask` [B, T] is non-zero.
-
-        Each row is summed by itself, so a prompt's embedding does not depend, to the last bit, on
-        its neighbours, its padding, or which side the padding is on.
-
-        Returns:
-            float32 [B, d], each row as `embed` returns it.
-
-        Raises:
-            RequestError: a row is all mask, or a token lies outside the vocabulary.
-        """
-        ids, keep = np.asarray(tokens, dtype=np.int64), np.asarray(mask).astype(bool)
-        out = np.empty((len(ids), self.dim), np.float32)
-        for row, (row_ids, row_keep) in enumerate(zip(ids, keep, strict=True)):
-            out[row] = self.embed(row_ids[row_keep])
-        return out
 
     def _embed(self, ids: torch.Tensor) -> FloatArray:
         vectors = self._embedding[ids].float()  # [T, d]

@@ -77,7 +77,7 @@ async def test_get_equals_the_hypernetwork_and_is_cached(
     stats = generator.stats()
     assert (stats.hits, stats.misses, stats.generated, stats.entries) == (1, 1, 1, 1)
     assert stats.bytes == delta.nbytes == 2 * generator.bundle.spec.numbers_per_cluster
-    assert stats.last_generation_seconds > 0
+    assert stats.generation_seconds > 0
     generator.close()
 
 

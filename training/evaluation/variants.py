@@ -59,13 +59,6 @@ class Scored:
         scores.work.label(self.name)
         return scores.nats(self.tasks)
 
-    def only(self, chosen: Sequence[bool]) -> Scored:
-        """The same on a part of the windows."""
-        return Scored(
-            self.name,
-            [task if keep else None for task, keep in zip(self.tasks, chosen, strict=True)],
-        )
-
 
 def dice(window: Window, seed: int) -> np.random.Generator:
     """Random numbers that belong to one window, wherever it stands."""
