@@ -17,11 +17,14 @@ from lm_workers.layers.kernels import HeadNorms, Kernels
 from lm_workers.layers.linear import LinearGroup
 from lm_workers.layers.paged import PagedStep
 
-FAMILY = (LlamaDecoderLayer, MistralDecoderLayer, Qwen2DecoderLayer, Qwen3DecoderLayer)
-"""Layers that `DecoderLayer` computes. Exactly these: a subclass may compute something else."""
-
-FAMILY_TYPES = ("llama", "mistral", "qwen2", "qwen3")
-"""What configs call the models that have these layers."""
+FAMILY = {
+    "llama": LlamaDecoderLayer,
+    "mistral": MistralDecoderLayer,
+    "qwen2": Qwen2DecoderLayer,
+    "qwen3": Qwen3DecoderLayer,
+}
+"""Layers that `DecoderLayer` computes, by what configs call their models. Exactly these: a subclass
+may compute something else."""
 
 GroupMaker = Callable[[Sequence[str]], LinearGroup]
 """Makes one group of the linear layers with these names inside the layer."""
@@ -29,12 +32,13 @@ GroupMaker = Callable[[Sequence[str]], LinearGroup]
 
 def is_family(layer: nn.Module) -> bool:
     """Whether `DecoderLayer` can take this layer's place."""
-    return type(layer) in FAMILY and layer.mlp.config.hidden_act == "silu"  # type: ignore[union-attr]
+    known = type(layer) in FAMILY.values()
+    return known and layer.mlp.config.hidden_act == "silu"  # type: ignore[union-attr]
 
 
 def is_family_config(config: PretrainedConfig) -> bool:
     """Whether `DecoderLayer` will take the place of every layer of this model."""
-    return config.model_type in FAMILY_TYPES and config.hidden_act == "silu"
+    return config.model_type in FAMILY and config.hidden_act == "silu"
 
 
 class DecoderLayer(nn.Module):
