@@ -9,6 +9,9 @@ from cluster_router.wire.types import FloatArray
 
 Points = NDArray[np.float64]
 
+_MOST_LANDMARKS = 256
+"""More are not laid out: the cost grows with their square and worse."""
+
 _ROUNDS = 200
 _PLACING_ROUNDS = 40
 _NEAR = 1e-3  # squared distance under which a landmark all but decides where a centroid lies
@@ -17,19 +20,21 @@ _NEAR = 1e-3  # squared distance under which a landmark all but decides where a 
 class ClusterMap:
     """A plane on which distances are those of embeddings, as far as two dimensions can.
 
-    A few centroids that never change are laid out once (multidimensional scaling by majorisation,
-    as in de Leeuw, "Applications of convex analysis to multidimensional scaling", 1977); any other
-    is placed among them by its distances to them alone. So a point moves when its own centroid
-    does, whatever other clusters come and go, and every router draws the same map.
+    At most 256 centroids that never change are laid out once (multidimensional scaling by
+    majorisation, as in de Leeuw, "Applications of convex analysis to multidimensional scaling",
+    1977); any other is placed among them by its distances to them alone. So a point moves when its
+    own centroid does, whatever other clusters come and go, and every router draws the same map.
 
     Args:
-        landmarks: [K, d], the centroids to lay out.
+        landmarks: [K, d], the centroids to lay out; of more than 256, as many of them, evenly.
         mean: [d], what all traffic has in common; directions are counted from there.
     """
 
     def __init__(self, landmarks: FloatArray, mean: FloatArray) -> None:
         self._mean = mean.astype(np.float64)
-        self._landmarks = self._directions(landmarks)
+        count = min(len(landmarks), _MOST_LANDMARKS)
+        chosen = np.linspace(0, len(landmarks) - 1, count).round().astype(np.int64)
+        self._landmarks = self._directions(landmarks[chosen])
         distances = _distances(self._landmarks, self._landmarks)
         self._points = _laid_out(distances)
         self._scale = _scale(self._points, distances)

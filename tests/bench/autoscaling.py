@@ -86,7 +86,7 @@ def running(folder: Path, args: argparse.Namespace) -> Iterator[str]:
                 "max_sequences": 8,
                 "max_queued": 256,
             },
-            "generator": {"patience_s": 60, "cache_bytes": 1},
+            "generator": {"patience_s": 60, "cache_bytes": 4096},
             "learner": {"enabled": False},
         }
     )
@@ -201,7 +201,7 @@ def main() -> None:
     parser.add_argument("--callers", type=int, default=24, help="of the burst")
     parser.add_argument("--tokens", type=int, default=64, help="of an answer")
     parser.add_argument("--most", type=int, default=2, help="replicas of each deployment")
-    parser.add_argument("--clusters", type=int, default=20_000)
+    parser.add_argument("--clusters", type=int, default=2000)
     parser.add_argument("--width", type=int, default=2048, help="of the hypernetwork: its cost")
     parser.add_argument("--out", type=Path, default=Path("runs/autoscaling"))
     args = parser.parse_args()

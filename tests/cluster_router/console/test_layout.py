@@ -54,3 +54,13 @@ def test_of_few_landmarks(count: int) -> None:
 def test_a_centroid_at_the_mean_is_somewhere() -> None:
     rows = centroids(6)
     assert np.isfinite(ClusterMap(rows, rows[0]).place(rows)).all()
+
+
+def test_of_very_many_centroids_some_are_landmarks() -> None:
+    rows = centroids(20_000)
+    plane = ClusterMap(rows, rows.mean(0))
+    points = plane.place(rows[:300])
+    family = np.arange(300) % 3
+    centres = np.stack([points[family == one].mean(0) for one in range(3)])
+    nearest = np.linalg.norm(points[:, None] - centres[None], axis=2).argmin(1)
+    assert np.array_equal(nearest, family)
