@@ -64,7 +64,7 @@ def scaling(most: int, tokens: int) -> dict[str, dict[str, Any]]:
     return {
         "ClusterRouter": bounds | {"target_ongoing_requests": 8},
         "LMReplica": bounds | {"policy": policy(tokens=8 * tokens)},
-        "AdapterGenerator": bounds | {"policy": policy(misses=1)},
+        "AdapterGenerator": bounds | {"policy": policy(misses=0.25)},
     }
 
 
@@ -149,6 +149,7 @@ async def measure(url: str, args: argparse.Namespace) -> dict[str, Any]:
         until = time.monotonic() - begun
         within = [one for one in samples if since <= one["second"] <= until]
         took = [one.took for one in load.outcomes if one.kind == "done"]
+        failures = Counter(one.detail for one in load.outcomes if one.kind != "done")
         rows.append(
             {
                 "phase": name,
@@ -159,7 +160,9 @@ async def measure(url: str, args: argparse.Namespace) -> dict[str, Any]:
                 "p50 s": round(quantile(took, 0.5), 2),
                 **{f"most {part}": max(int(one[part]) for one in within) for part in SCALED},
                 **{f"{part} at its end": int(within[-1][part]) for part in SCALED},
-                "failures": Counter(one.detail for one in load.outcomes if one.kind != "done"),
+                "failures": dict(
+                    Counter(one.detail for one in load.outcomes if one.kind != "done")
+                ),
             }
         )
     watcher.cancel()
@@ -196,13 +199,13 @@ def followed(found: dict[str, Any]) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--calm", type=float, default=60, help="seconds before and after the burst")
-    parser.add_argument("--burst", type=float, default=90, help="its seconds")
+    parser.add_argument("--calm", type=float, default=45, help="seconds before and after the burst")
+    parser.add_argument("--burst", type=float, default=75, help="its seconds")
     parser.add_argument("--callers", type=int, default=24, help="of the burst")
     parser.add_argument("--tokens", type=int, default=64, help="of an answer")
     parser.add_argument("--most", type=int, default=2, help="replicas of each deployment")
     parser.add_argument("--clusters", type=int, default=2000)
-    parser.add_argument("--width", type=int, default=2048, help="of the hypernetwork: its cost")
+    parser.add_argument("--width", type=int, default=4096, help="of the hypernetwork: its cost")
     parser.add_argument("--out", type=Path, default=Path("runs/autoscaling"))
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, running(Path(folder), args) as url:
