@@ -160,9 +160,7 @@ async def measure(url: str, args: argparse.Namespace) -> dict[str, Any]:
                 "p50 s": round(quantile(took, 0.5), 2),
                 **{f"most {part}": max(int(one[part]) for one in within) for part in SCALED},
                 **{f"{part} at its end": int(within[-1][part]) for part in SCALED},
-                "failures": dict(
-                    Counter(one.detail for one in load.outcomes if one.kind != "done")
-                ),
+                "failures": dict(failures),
             }
         )
     watcher.cancel()
