@@ -106,8 +106,9 @@ async def test_a_request_pulses_on_the_map_unless_motion_is_unwanted(told: Any) 
         await expect(page.locator("#status")).to_have_text("Live")
         await page.evaluate(count_pulses)
         await page.emulate_media(reduced_motion="reduce")
-        for _ in range(3):
-            told.served(told.end())
+        for number in range(5):  # the last two answers may still bring what was served before
+            if number < 3:
+                told.served(told.end())
             async with page.expect_response("**/console/state*"):
                 pass
         assert await page.evaluate("window.pulses") == 0
