@@ -8,14 +8,20 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 import ray
+import torch
 import yaml
 from openai import AsyncOpenAI, OpenAI
+from torch import nn
+
+from lm_workers.models import load_causal_lm
+from training.base import FrozenBase
 
 ROOT = Path(__file__).parents[2]
 
@@ -33,6 +39,19 @@ class Service:
 
     def async_openai(self) -> AsyncOpenAI:
         return AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
+
+
+class Float32Base(FrozenBase):
+    """The evaluator's base model in the arithmetic of the test's service."""
+
+    @cached_property
+    def model(self) -> nn.Module:
+        return load_causal_lm(self.path, torch.float32, self.device)
+
+
+@pytest.fixture(scope="session")
+def float32_base(default_model: Path) -> FrozenBase:
+    return Float32Base(default_model)
 
 
 def free_port() -> int:

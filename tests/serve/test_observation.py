@@ -7,7 +7,6 @@ import json
 import re
 import time
 from collections.abc import Iterator
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -19,13 +18,11 @@ import ray
 import torch
 from prometheus_client.parser import text_string_to_metric_families
 from ray import serve
-from torch import nn
 
 from adapter_gen.bundle import Bundle
 from deploy.app import build
 from deploy.config import AppConfig
 from deploy.metrics import METRICS
-from lm_workers.models import load_causal_lm
 from training.base import FrozenBase
 from training.config import DataSettings
 from training.data import SPLITS, Window, open_reader
@@ -261,13 +258,13 @@ def test_only_whose_requests_may_be_kept_are_logged_for_training(
 
 
 def test_the_gain_of_live_traffic_is_what_its_prompts_gain(
-    service, kept: tuple[str, Path], bundle_path: Path, default_model: Path
+    service, kept: tuple[str, Path], bundle_path: Path, float32_base: FrozenBase
 ) -> None:
     url, _ = kept
     http = httpx.Client(base_url=url, timeout=120)
     gains: dict[int, list[float]] = {}
     bundle = Bundle.load(bundle_path, None)
-    scorer = WindowScorer(Float32Base(default_model), bundle.spec)
+    scorer = WindowScorer(float32_base, bundle.spec)
     for place in range(100, 106):
         body = {"model": service.model, "prompt": question(place), "max_tokens": 9}
         body |= {"namespace": "measured", "ignore_eos": True}
@@ -281,14 +278,6 @@ def test_the_gain_of_live_traffic_is_what_its_prompts_gain(
         live = value("ray_chameleon_conditioning_gain_nats", **who)
         assert live == pytest.approx(np.mean(expected), abs=1e-4)
         assert abs(live) > 1e-3, "the update should be felt"
-
-
-class Float32Base(FrozenBase):
-    """The evaluator's base model in the arithmetic of the test's service."""
-
-    @cached_property
-    def model(self) -> nn.Module:
-        return load_causal_lm(self.path, torch.float32, self.device)
 
 
 def estimates() -> float:

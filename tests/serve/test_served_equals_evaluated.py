@@ -8,17 +8,13 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from torch import nn
 
 from adapter_gen.bundle import Bundle
 from cluster_router.wire.types import AdapterKey
-from lm_workers.models import load_causal_lm
 from training.artefact import Artefact
 from training.base import FrozenBase
 from training.config import DataSettings
@@ -40,14 +36,6 @@ FLOAT32 = 1e-4
 # thousandths of a nat. Both variants err alike, so that a gain, their difference, errs less.
 BFLOAT16 = 1.5e-2
 BFLOAT16_GAIN = 2e-3
-
-
-class Float32Base(FrozenBase):
-    """The evaluator's base model in the arithmetic of the test's service."""
-
-    @cached_property
-    def model(self) -> nn.Module:
-        return load_causal_lm(self.path, torch.float32, self.device)
 
 
 @dataclass(frozen=True)
@@ -85,8 +73,8 @@ def served_key(bundle: Bundle, measured: Measured, index: int) -> AdapterKey:
 
 
 @pytest.fixture(scope="module")
-def base(default_model: Path) -> FrozenBase:
-    return Float32Base(default_model)
+def base(float32_base: FrozenBase) -> FrozenBase:
+    return float32_base
 
 
 @pytest.fixture(scope="module")
