@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
 import logging
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Annotated
 
 import yaml
-from limits import RateLimitItemPerMinute
+from limits import RateLimitItem, RateLimitItemPerMinute
 from limits.aio.strategies import MovingWindowRateLimiter
 from limits.storage import storage_from_string
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
@@ -26,6 +27,9 @@ from cluster_router.wire.errors import (
 from cluster_router.wire.types import DEFAULT_NAMESPACE, Namespace
 
 _REREAD_S = 2.0
+_PATIENCE_S = 1.0
+_PAUSE_S = 5.0
+_OWN = "memory://"
 
 logger = logging.getLogger(__name__)
 
@@ -118,21 +122,30 @@ class KeyFile:
 class Access:
     """Lets callers in by their key, each as often as it may.
 
+    While a shared storage fails, or takes longer than a second, callers are neither turned away nor
+    let in without limit: each process counts for itself, and asks the storage again every 5 s.
+
     Args:
         keys: gives the keys there are.
         storage: where requests are counted: `memory://` counts for this process alone,
             `redis://host:6379` for all that name it (needs the `redis` package).
+        clock: seconds, monotonic.
 
     Raises:
         ConfigError: nothing installed counts there.
     """
 
-    def __init__(self, keys: Callable[[], Sequence[ApiKey]], storage: str = "memory://") -> None:
-        self._keys = keys
-        try:
-            self._limiter = MovingWindowRateLimiter(storage_from_string(f"async+{storage}"))
-        except Exception as error:  # the library's, or of the client it asks for
-            raise ConfigError(f"cannot count requests in {storage!r}: {error}", "rates") from error
+    def __init__(
+        self,
+        keys: Callable[[], Sequence[ApiKey]],
+        storage: str = _OWN,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._keys, self._clock = keys, clock
+        self._own = _limiter(_OWN)
+        self._shared = None if storage == _OWN else _limiter(storage)
+        self._failing = False
+        self._again = clock()
 
     async def admit(self, authorization: str) -> Caller:
         """Who sends a request with this `Authorization` header.
@@ -162,12 +175,51 @@ class Access:
 
     async def _count(self, key: ApiKey, most: int) -> None:
         item = RateLimitItemPerMinute(most)
-        if not await self._limiter.hit(item, key.sha256):
-            reset, _ = await self._limiter.get_window_stats(item, key.sha256)
+        wait_s = await self._wait_s(item, key.sha256)
+        if wait_s is not None:
             raise OverloadedError(
                 f"API key {key.name!r} is limited to {most} requests a minute.",
-                retry_after=max(1.0, reset - time.time()),
+                retry_after=max(1.0, wait_s),
             )
+
+    async def _wait_s(self, item: RateLimitItem, name: str) -> float | None:
+        """Count one request; where that is one too many, seconds until there may be another."""
+        if self._shared is None or self._clock() < self._again:
+            return await _hit(self._own, item, name)
+        if self._failing:  # one request tries; the others do not wait for it
+            self._again = self._clock() + _PAUSE_S
+        try:
+            async with asyncio.timeout(_PATIENCE_S):
+                wait_s = await _hit(self._shared, item, name)
+        except Exception as error:  # whatever the storage's client raises
+            self._again = self._clock() + _PAUSE_S
+            if not self._failing:
+                why = str(error) or type(error).__name__
+                logger.error("requests are counted by each router for itself: %s", why)
+            self._failing = True
+            return await _hit(self._own, item, name)
+        if self._failing:
+            self._again = self._clock()
+            logger.warning("requests are counted for all routers together again")
+        self._failing = False
+        return wait_s
+
+
+def _limiter(storage: str) -> MovingWindowRateLimiter:
+    # Without it, the library asks for another client of Redis than the one that most have.
+    client = {"implementation": "redispy"} if storage.startswith("redis") else {}
+    try:
+        return MovingWindowRateLimiter(storage_from_string(f"async+{storage}", **client))
+    except Exception as error:  # the library's, or of the client it asks for
+        raise ConfigError(f"cannot count requests in {storage!r}: {error}", "rates") from error
+
+
+async def _hit(limiter: MovingWindowRateLimiter, item: RateLimitItem, name: str) -> float | None:
+    """See `Access._wait_s`."""
+    if await limiter.hit(item, name):
+        return None
+    reset, _ = await limiter.get_window_stats(item, name)
+    return reset - time.time()
 
 
 def key_hash(key: str) -> str:

@@ -15,6 +15,8 @@ from cluster_router.wire.types import AdapterKey, Assignment, ClusterInfo, Condi
 
 IndexFactory = Callable[[FloatArray], CentroidIndex]
 Mode = Literal["auto", "off"] | int
+Words = dict[tuple[int, int], tuple[str, ...]]
+"""Characteristic tokens by the id of a cluster and the version at which it last moved."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class _Clusters:
     index: CentroidIndex
     describe: Describe
     described_from: int
-    words: dict[int, tuple[str, ...]] = field(default_factory=dict)
+    words: Words = field(default_factory=dict)
 
     def words_of(self, rows: Sequence[int]) -> list[tuple[str, ...]]:
         """Characteristic tokens of the clusters in `rows`, found when first asked for.
@@ -33,11 +35,12 @@ class _Clusters:
         Those of a small cluster would say what few people wrote: it has none.
         """
         large = self.snapshot.sizes >= self.described_from
-        missing = [row for row in rows if large[row] and row not in self.words]
+        names = _names(self.snapshot)
+        missing = [row for row in rows if large[row] and names[row] not in self.words]
         if missing:
-            directions = self.snapshot.directions[missing]
-            self.words.update(zip(missing, self.describe(directions), strict=True))
-        return [self.words.get(row, ()) for row in rows]
+            found = self.describe(self.snapshot.directions[missing])
+            self.words.update(zip([names[row] for row in missing], found, strict=True))
+        return [self.words[names[row]] if large[row] else () for row in rows]
 
 
 class Assigner:
@@ -71,7 +74,7 @@ class Assigner:
         self._describe = describe or _no_words
         self._described_from = described_from
         self._refined = refined or _never
-        self._clusters = self._build(snapshot)
+        self._clusters = self._build(snapshot, {})
 
     @property
     def snapshot(self) -> ClusterSnapshot:
@@ -89,7 +92,7 @@ class Assigner:
                 f"snapshot {snapshot.version} has embeddings of size {snapshot.dim}, "
                 f"this service embeds to {self.snapshot.dim}"
             )
-        self._clusters = self._build(snapshot)
+        self._clusters = self._build(snapshot, self._clusters.words)
 
     def assign(self, embedding: FloatArray, mode: Mode = "auto") -> Assignment:
         """Assign one prompt; depends on nothing but the arguments and the snapshot.
@@ -124,9 +127,17 @@ class Assigner:
         return self._key(snapshot, row), snapshot.conditioning_of(row)
 
     def clusters(self) -> list[ClusterInfo]:
-        """Every cluster of the snapshot, in its order."""
+        """Every cluster of the snapshot, in its order; see `table`."""
+        return self.table()[1]
+
+    def table(self) -> tuple[ClusterSnapshot, list[ClusterInfo]]:
+        """The snapshot, and every cluster of it in its order.
+
+        To find words for clusters that have moved takes a while: where an event loop must not wait,
+        call this in a thread, and `cluster` too.
+        """
         clusters = self._clusters
-        return self._infos(clusters, range(len(clusters.snapshot)))
+        return clusters.snapshot, self._infos(clusters, range(len(clusters.snapshot)))
 
     def cluster(self, cluster: int) -> ClusterInfo:
         """One cluster.
@@ -137,22 +148,28 @@ class Assigner:
         clusters = self._clusters
         return self._infos(clusters, [_row(clusters.snapshot, cluster)])[0]
 
-    def _build(self, snapshot: ClusterSnapshot) -> _Clusters:
+    def _build(self, snapshot: ClusterSnapshot, words: Words) -> _Clusters:
+        """`words` are an earlier snapshot's: those of clusters that have not moved stay."""
         index = self._index_factory(snapshot.centroids)
-        return _Clusters(snapshot, index, self._describe, self._described_from)
+        kept = {name: words[name] for name in _names(snapshot) if name in words}
+        return _Clusters(snapshot, index, self._describe, self._described_from, kept)
 
-    def _key(self, snapshot: ClusterSnapshot, row: int | None) -> AdapterKey:
+    def _key(self, snapshot: ClusterSnapshot, row: int) -> AdapterKey:
+        return self._key_of(snapshot, row, self._refined(int(snapshot.ids[row])))
+
+    def _key_of(
+        self, snapshot: ClusterSnapshot, row: int | None, refined: Refinement | None = None
+    ) -> AdapterKey:
         assert self._hypernetwork is not None, "a snapshot with clusters needs a hypernetwork"
         if row is None:
             return AdapterKey(self._base, self._hypernetwork, cluster=None, version=0)
         cluster = int(snapshot.ids[row])
-        refined = self._refined(cluster)
         if refined is not None:
             return AdapterKey(self._base, self._hypernetwork, cluster, 0, refined.id)
         return AdapterKey(self._base, self._hypernetwork, cluster, int(snapshot.versions[row]))
 
     def _static(self, snapshot: ClusterSnapshot, similarity: float | None) -> Assignment:
-        key = self._key(snapshot, None)
+        key = self._key_of(snapshot, None)
         return Assignment(key, similarity=similarity, snapshot_version=snapshot.version)
 
     def _adapted(self, snapshot: ClusterSnapshot, row: int, similarity: float | None) -> Assignment:
@@ -167,8 +184,8 @@ class Assigner:
     def _infos(self, clusters: _Clusters, rows: Sequence[int]) -> list[ClusterInfo]:
         snapshot = clusters.snapshot
         ids = [int(snapshot.ids[row]) for row in rows]
-        keys = [self._key(snapshot, row) for row in rows]
         refined = [self._refined(id) for id in ids]
+        keys = [self._key_of(snapshot, *one) for one in zip(rows, refined, strict=True)]
         return [
             ClusterInfo(
                 id=id,
@@ -182,6 +199,11 @@ class Assigner:
                 rows, ids, keys, refined, clusters.words_of(rows), strict=True
             )
         ]
+
+
+def _names(snapshot: ClusterSnapshot) -> list[tuple[int, int]]:
+    """See `Words`."""
+    return list(zip(snapshot.ids.tolist(), snapshot.versions.tolist(), strict=True))
 
 
 def _row(snapshot: ClusterSnapshot, cluster: int) -> int:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
 from dataclasses import replace
 
@@ -20,7 +21,8 @@ class Delivery:
 
     A replica may be lost at any moment. While nobody has seen anything of an answer, it is sent for
     again; once a chunk has gone out, another replica would begin another answer, so the loss is
-    told. An answer that is wanted whole goes out when it is complete.
+    told. An answer that is wanted whole goes out when it is complete; its chunks then say when each
+    of them came.
 
     Args:
         worker: raises UnavailableError where a replica is lost; chooses another when asked again.
@@ -28,6 +30,7 @@ class Delivery:
         pause_s: before the second attempt; doubled before each later one.
         timeout_s: seconds that an answer may take, and the most that a request may ask for; None
             is no limit.
+        clock: seconds, monotonic; that of Traffic, which reads what the chunks say.
     """
 
     def __init__(
@@ -36,10 +39,12 @@ class Delivery:
         attempts: int = 3,
         pause_s: float = 0.1,
         timeout_s: float | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._worker = worker
         self._attempts, self._pause_s = attempts, pause_s
         self._timeout_s = timeout_s
+        self._clock = clock
 
     async def generate(self, request: TokenizedRequest) -> AsyncGenerator[TokenChunk, None]:
         """Stream the answer to `request`.
@@ -61,7 +66,7 @@ class Delivery:
                     async with aclosing(_until(deadline, self._sent(request, attempt))) as chunks:
                         async for chunk in chunks:
                             if request.whole:
-                                held.append(chunk)
+                                held.append(replace(chunk, received_s=self._clock()))
                                 continue
                             begun = True
                             yield chunk

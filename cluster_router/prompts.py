@@ -87,10 +87,12 @@ class PromptEncoder:
         self._check_ids([token], "token")
         return str(self._tokenizer.decode([token]))
 
-    def text(self, tokens: Sequence[int]) -> str:
-        """Text of `tokens`, without special ones."""
-        decode = self._tokenizer.decode
-        return str(decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+    def text(self, tokens: Sequence[int], special: bool = False) -> str:
+        """Text of `tokens`, without special ones unless `special`."""
+        text = self._tokenizer.decode(
+            tokens, skip_special_tokens=not special, clean_up_tokenization_spaces=False
+        )
+        return str(text)
 
     def _prompt_tokens(self, request: GenerateRequest) -> tuple[int, ...]:
         if request.prompt is not None:

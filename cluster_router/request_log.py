@@ -1,6 +1,6 @@
 """RequestLog: prompts and answers of the tenants that allow it, as text to train a bundle on.
 
-Each tenant's is a folder of gzipped JSON lines, which `python -m training` reads as one domain. A
+Each tenant's is a folder of gzipped JSON lines, which `chameleon data` reads as one domain. A
 part is rewritten whole until it is full, so a reader never sees half of one, on disk or in an
 object store. The oldest parts make room for new ones.
 """
@@ -11,21 +11,23 @@ import asyncio
 import gzip
 import json
 import logging
+import re
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NoReturn
 from urllib.parse import quote
 
-from cluster_router.files import Folder
+from cluster_router.files import Folder, digest
 from cluster_router.router import Worker
-from cluster_router.wire.errors import SetupError
 from cluster_router.wire.types import TokenChunk, TokenizedRequest
 
 UNNAMED = "no-namespace"
 """Folder of requests that name no namespace."""
 PART_BYTES = 2**20
 """Text of one part, before compression."""
+
+_MOST_NAME = 255  # what file systems take
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +69,7 @@ class RequestLog:
         self._most_parts = max(1, max_bytes // part_bytes)
         self._filling: dict[str, _Part] = {}
         self._full: list[_Part] = []
-        self._failing = False
+        self._failing: set[str] = set()
         self._begun = 0
 
     def wants(self, request: TokenizedRequest) -> bool:
@@ -100,29 +102,31 @@ class RequestLog:
     async def flush(self) -> None:
         """Write what is new. What cannot be written is logged, and tried again next time."""
         full, self._full = self._full, []
-        parts = [*full, *self._filling.values()]
-        for index, part in enumerate(parts):
-            if len(part.rows) == part.saved:
-                continue
-            count = len(part.rows)
-            try:
-                await asyncio.to_thread(self._write, part, b"".join(part.rows))
-            except (SetupError, OSError) as error:
-                if not self._failing:
-                    logger.error("requests are not logged: %s", error)
-                self._failing = True
-                self._full = [*full[index:], *self._full][-self._most_parts :]
-                return
-            part.saved = count
-        self._failing = False
+        kept = [part for part in full if not await self._save(part)]
+        self._full = [*kept, *self._full][-self._most_parts :]
+        for part in [*self._filling.values()]:
+            await self._save(part)
+
+    async def _save(self, part: _Part) -> bool:
+        """Write what is new in `part`. False if it cannot be written: others' parts may still."""
+        count, folder = len(part.rows), part.folder.root
+        if count == part.saved:
+            return True
+        try:
+            await asyncio.to_thread(self._write, part, b"".join(part.rows))
+        except Exception as error:  # whatever the client of an object store raises
+            if folder not in self._failing:
+                logger.error("requests are not logged: %s", str(error) or repr(error))
+            self._failing.add(folder)
+            return False
+        part.saved = count
+        self._failing.discard(folder)
+        return True
 
     def _begin(self, namespace: str) -> _Part:
-        name = quote(namespace, safe="") or UNNAMED
-        if name.startswith("."):
-            name = f"%2E{name[1:]}"
         self._begun += 1
         file = f"{time.time_ns() // 10**6:013d}-{self._writer}-{self._begun:06d}.jsonl.gz"
-        return _Part(Folder(f"{self._uri}/{name}", "request_log"), file)
+        return _Part(Folder(f"{self._uri}/{folder_of(namespace)}", "request_log"), file)
 
     def _write(self, part: _Part, lines: bytes) -> None:
         part.folder.write(part.name, gzip.compress(lines, compresslevel=6, mtime=0))
@@ -130,6 +134,20 @@ class RequestLog:
             names = sorted(name for name in part.folder.names() if name.endswith(".jsonl.gz"))
             for name in names[: -self._most_parts]:
                 part.folder.remove(name)
+
+
+def folder_of(namespace: str) -> str:
+    """Name of a namespace's folder: its own, where that can be a file's name.
+
+    Other characters are written as in URLs. What is too long then ends in `+` and a digest.
+    """
+    name = quote(namespace, safe="")
+    if name.startswith(".") or name == UNNAMED:
+        name = f"%{ord(name[0]):X}{name[1:]}"
+    if len(name) > _MOST_NAME:  # no other has a `+`: it is written as %2B
+        end = f"+{digest(namespace.encode())}"
+        name = re.sub("%.?$", "", name[: _MOST_NAME - len(end)]) + end
+    return name or UNNAMED
 
 
 class LoggedWorker:

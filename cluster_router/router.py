@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 from cluster_router.embedding import TokenEmbedder
-from cluster_router.prompts import PromptEncoder
+from cluster_router.prompts import EncodedPrompt, PromptEncoder
 from cluster_router.tenants import TenantAssigners
 from cluster_router.tracing import preparing
 from cluster_router.traffic import Traffic
 from cluster_router.wire.errors import EngineError
 from cluster_router.wire.forms import ExportForm
+from cluster_router.wire.snapshot import ClusterSnapshot
 from cluster_router.wire.types import (
     DEFAULT_NAMESPACE,
     Adaptation,
@@ -21,6 +25,7 @@ from cluster_router.wire.types import (
     Assignment,
     ClusterInfo,
     Conditioning,
+    FloatArray,
     GenerateRequest,
     GenerateResult,
     Observation,
@@ -28,6 +33,9 @@ from cluster_router.wire.types import (
     TokenizedRequest,
     TokenLogprob,
 )
+
+_LONG_PROMPT = 2**14
+"""Characters or tokens of a prompt whose preparation would hold up the event loop."""
 
 
 class Worker(Protocol):
@@ -92,6 +100,8 @@ class ClusterRouter:
         self._exporter = exporter
         self._observers = observers
         self._traffic = traffic or Traffic()
+        # One thread: however many long prompts come together, they take no more than one core.
+        self._aside = ThreadPoolExecutor(max_workers=1, thread_name_prefix="long-prompts")
 
     @property
     def traffic(self) -> Traffic:
@@ -103,11 +113,7 @@ class ClusterRouter:
         """What is served."""
         return self._model
 
-    def snapshot_version(self, namespace: str = DEFAULT_NAMESPACE) -> int:
-        """Version of the clusters that `namespace` uses."""
-        return self._assigners.of(namespace).snapshot.version
-
-    def prepare(self, request: GenerateRequest) -> TokenizedRequest:
+    async def prepare(self, request: GenerateRequest) -> TokenizedRequest:
         """Validate, tokenise, embed and assign; the assignment holds whatever is learned later.
 
         Raises:
@@ -115,15 +121,18 @@ class ClusterRouter:
         """
         try:
             with preparing():
-                return self._prepare(request)
+                return await self._prepare(request)
         except Exception as error:
             self._traffic.refused(request.namespace, error)
             raise
 
-    def _prepare(self, request: GenerateRequest) -> TokenizedRequest:
-        encoded = self._prompts.encode(request)
-        embedding = self._embedder.embed(encoded.content_tokens)
-        assigner = self._assigners.of(request.namespace)
+    async def _prepare(self, request: GenerateRequest) -> TokenizedRequest:
+        if _length(request) < _LONG_PROMPT:
+            encoded, embedding = self._encode(request)
+        else:
+            loop = asyncio.get_running_loop()
+            encoded, embedding = await loop.run_in_executor(self._aside, self._encode, request)
+        assigner = await self._assigners.ready(request.namespace)
         assignment = assigner.assign(embedding, request.adaptation)
         if request.learn:
             seen = Observation(request.namespace, embedding, encoded.prompt_tokens, assignment)
@@ -138,6 +147,10 @@ class ClusterRouter:
             namespace=request.namespace,
             learn=request.learn,
         )
+
+    def _encode(self, request: GenerateRequest) -> tuple[EncodedPrompt, FloatArray]:
+        encoded = self._prompts.encode(request)
+        return encoded, self._embedder.embed(encoded.content_tokens)
 
     def remaining(self, prompt_tokens: Sequence[int]) -> int:
         """How many tokens the context has left after `prompt_tokens`; never below 0."""
@@ -163,13 +176,15 @@ class ClusterRouter:
             if isinstance(chunks, AsyncGenerator):
                 await chunks.aclose()
 
-    def stream(self, request: GenerateRequest) -> AsyncGenerator[TokenChunk, None]:
-        """Stream the answer to `request`.
+    async def stream(self, request: GenerateRequest) -> AsyncGenerator[TokenChunk, None]:
+        """Stream the answer to `request`; see `run`.
 
         Raises:
-            RequestError: at once, before the first chunk is asked for; see `prepare`.
+            RequestError: with the first chunk; see `prepare`.
         """
-        return self.run(self.prepare(request))
+        async with aclosing(self.run(await self.prepare(request))) as chunks:
+            async for chunk in chunks:
+                yield chunk
 
     async def generate(self, request: GenerateRequest) -> GenerateResult:
         """Answer `request` whole.
@@ -178,28 +193,35 @@ class ClusterRouter:
             RequestError: see `prepare`.
             EngineError: the worker's stream ended before the answer did.
         """
-        prepared = replace(self.prepare(request), whole=True)
+        prepared = replace(await self.prepare(request), whole=True)
         return collect(prepared, [chunk async for chunk in self.run(prepared)])
 
-    def assign(self, request: GenerateRequest) -> Assignment:
+    async def assign(self, request: GenerateRequest) -> Assignment:
         """What `request` would run under. Nothing is generated, and nothing learned.
 
         Raises:
             RequestError: see `prepare`.
         """
-        return self._prepare(request.model_copy(update={"learn": False})).assignment
+        prepared = await self._prepare(request.model_copy(update={"learn": False}))
+        return prepared.assignment
 
-    def clusters(self, namespace: str = DEFAULT_NAMESPACE) -> list[ClusterInfo]:
+    async def clusters(self, namespace: str = DEFAULT_NAMESPACE) -> list[ClusterInfo]:
         """Every cluster that `namespace` uses now."""
-        return self._assigners.of(namespace).clusters()
+        return (await self.table(namespace))[1]
 
-    def cluster(self, id: int, namespace: str = DEFAULT_NAMESPACE) -> ClusterInfo:
+    async def table(
+        self, namespace: str = DEFAULT_NAMESPACE
+    ) -> tuple[ClusterSnapshot, list[ClusterInfo]]:
+        """The snapshot that `namespace` uses now, and every cluster of it."""
+        return await asyncio.to_thread((await self._assigners.ready(namespace)).table)
+
+    async def cluster(self, id: int, namespace: str = DEFAULT_NAMESPACE) -> ClusterInfo:
         """One cluster of `namespace`.
 
         Raises:
             UnknownClusterError: no cluster has this id.
         """
-        return self._assigners.of(namespace).cluster(id)
+        return await asyncio.to_thread((await self._assigners.ready(namespace)).cluster, id)
 
     async def export(
         self, id: int, namespace: str = DEFAULT_NAMESPACE, form: ExportForm = "whole"
@@ -210,16 +232,18 @@ class ClusterRouter:
             UnknownClusterError: no cluster has this id.
             RequestError: `form` leaves nothing of it.
         """
-        key, conditioning = self._assigners.of(namespace).conditioning(id)
+        key, conditioning = (await self._assigners.ready(namespace)).conditioning(id)
         return await self._exporter.export(key, conditioning, form)
 
-    def token_text(self, token: int) -> str:
-        """Text of one token, decoded alone.
+    def text(self, tokens: Sequence[int]) -> str:
+        """Text of `tokens`, special ones included."""
+        return self._prompts.text(tokens, special=True)
 
-        Raises:
-            RequestError: the id lies outside the vocabulary.
-        """
-        return self._prompts.token_text(token)
+
+def _length(request: GenerateRequest) -> int:
+    """Of its prompt, in whatever it is given in."""
+    written = sum(len(message.content) for message in request.messages or ())
+    return written + len(request.prompt or "") + len(request.prompt_tokens or ())
 
 
 def collect(request: TokenizedRequest, chunks: Sequence[TokenChunk]) -> GenerateResult:

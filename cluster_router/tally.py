@@ -35,7 +35,8 @@ class StreamEnd:
         request_id, namespace: of the request.
         adaptation: what the answer ran under.
         prompt_tokens, cached_tokens, output_tokens: counts; of an unfinished answer, so far.
-        first_token_s: from the call to the first token; None if there was none.
+        first_token_s: from the call until the router had the first token, also of an answer that
+            it held back until it was whole; None if there was none.
         token_gap_s: mean time between tokens after the first; None with fewer than two.
         longest_gap_s: longest time between two tokens; None likewise.
         seconds: from the call to the end.

@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
-from contextlib import suppress
+from dataclasses import dataclass
 from typing import NoReturn
 
 from cluster_router.clusters import Assigner
@@ -20,6 +20,14 @@ raise SetupError."""
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, slots=True)
+class _Reading:
+    """A namespace's first, and how long others wait for it, on the event loop's clock."""
+
+    task: asyncio.Task[None]
+    until: float
+
+
 class TenantAssigners:
     """Assigners by namespace. A namespace never sees another's clusters.
 
@@ -31,6 +39,7 @@ class TenantAssigners:
         newer: where published snapshots come from; None where nothing is learned.
         max_namespaces: how many are kept beside the default one. The least recently used goes;
             when asked for again, it is read again.
+        patience_s: longest that those who ask for a namespace wait for its first reading.
     """
 
     def __init__(
@@ -38,25 +47,35 @@ class TenantAssigners:
         make: Callable[[str], Assigner],
         newer: NewerSnapshot | None = None,
         max_namespaces: int = 64,
+        patience_s: float = 2.0,
     ) -> None:
         self._make = make
-        self._newer = newer or _nothing_newer
-        self._max = max_namespaces
+        self._newer = newer
+        self._max, self._patience_s = max_namespaces, patience_s
         self._assigners = OrderedDict({DEFAULT_NAMESPACE: make(DEFAULT_NAMESPACE)})
         self._failing: set[str] = set()
-        self._unread: set[str] = set()
-        self._asked = asyncio.Event()
+        self._readings: dict[str, _Reading] = {}
 
     def of(self, namespace: str) -> Assigner:
-        """The Assigner of `namespace`. One heard of first now is read as soon as possible."""
+        """The Assigner of `namespace`, as it is. One heard of first now begins to be read."""
         if namespace not in self._assigners:
             self._assigners[namespace] = self._make(namespace)
-            self._unread.add(namespace)
-            self._asked.set()
+            if self._newer is not None and namespace not in self._readings:
+                self._begin_to_read(namespace)
             if len(self._assigners) > self._max + 1:
                 self._forget(next(name for name in self._assigners if name != DEFAULT_NAMESPACE))
         self._assigners.move_to_end(namespace)
         return self._assigners[namespace]
+
+    async def ready(self, namespace: str) -> Assigner:
+        """The Assigner of `namespace`, once it has been read or that takes too long."""
+        assigner = self.of(namespace)
+        reading = self._readings.get(namespace)
+        if reading is None:
+            return assigner
+        left = reading.until - asyncio.get_running_loop().time()
+        await asyncio.wait((reading.task,), timeout=max(0.0, left))
+        return self.of(namespace)
 
     def namespaces(self) -> list[str]:
         """Namespaces held, the least recently used first."""
@@ -74,20 +93,20 @@ class TenantAssigners:
                 self._use(name, await asyncio.to_thread(self._read, name, held.snapshot.version))
 
     async def follow(self, interval_s: float) -> NoReturn:
-        """Refresh every namespace each `interval_s`, and a new one at once."""
-        clock = asyncio.get_running_loop().time
+        """Refresh every namespace each `interval_s`."""
         while True:
             await self.refresh(self.namespaces())
-            due = clock() + interval_s
-            while clock() < due:
-                with suppress(TimeoutError):
-                    async with asyncio.timeout_at(due):
-                        await self._asked.wait()
-                unread, self._unread = self._unread, set()
-                self._asked.clear()
-                await self.refresh(unread)
+            await asyncio.sleep(interval_s)
+
+    def _begin_to_read(self, namespace: str) -> None:
+        loop = asyncio.get_running_loop()
+        task = loop.create_task(self.refresh([namespace]))
+        self._readings[namespace] = _Reading(task, loop.time() + self._patience_s)
+        task.add_done_callback(lambda _: self._readings.pop(namespace))
 
     def _read(self, namespace: str, version: int) -> ClusterSnapshot | None:
+        if self._newer is None:
+            return None
         try:
             snapshot = self._newer(namespace, version)
         except Exception as error:  # whatever the store's client raises, requests go on
@@ -105,9 +124,4 @@ class TenantAssigners:
 
     def _forget(self, namespace: str) -> None:
         del self._assigners[namespace]
-        self._unread.discard(namespace)
         self._failing.discard(namespace)
-
-
-def _nothing_newer(_namespace: str, _version: int) -> None:
-    return None

@@ -140,11 +140,12 @@ class Flight:
         count = len(chunk.tokens)
         if count:
             now = self._traffic.clock()
+            came = now if chunk.received_s is None else chunk.received_s
             if self._first is None:
-                self._first = now
-            elif now - self._last > self._longest:
-                self._longest = now - self._last
-            self._last = now
+                self._first = came
+            elif came - self._last > self._longest:
+                self._longest = came - self._last
+            self._last = came
             self._tokens += count
             for tally in self._tallies:
                 tally.output(now, count)

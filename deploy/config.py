@@ -35,7 +35,8 @@ class AccessConfig(BaseModel):
         keys: file of API keys, as `chameleon keys add` writes it; None lets everyone in. Each
             router reads its own node's, and again when it changes.
         rates: where requests of a key are counted. `memory://` counts for each router alone, a
-            `redis://` URL for all (needs the `redis` package).
+            `redis://` URL for all (needs the `redis` package); while that does not answer, each
+            router counts for itself.
         max_body_bytes: longest body.
     """
 
@@ -189,7 +190,7 @@ class RequestLogConfig(BaseModel):
         namespaces: tenants whose requests are logged; `""` is that of requests that name none,
             `"*"` every one.
         uri: folder or URI (`s3://bucket/requests`) for the log: a folder of gzipped JSON lines for
-            each namespace, as `python -m training --data` reads it.
+            each namespace, as `chameleon data --data` reads it.
         max_bytes: text of one namespace that is kept by size, before compression; the oldest makes
             room.
         interval_s: how often the log is written; a crash loses no more than this.

@@ -121,13 +121,14 @@ def check_cpu() -> Check:
     """Cores, and the instructions that decide the engine's dtype and speed."""
     import torch
 
+    from lm_workers.device import usable_cores
     from lm_workers.models import auto_dtype
 
     able = torch.cpu.get_capabilities()
     names = ("avx2", "avx512_f", "avx512_bf16", "amx_bf16", "arm_bf16")
     flags = [name for name in names if able.get(name)]
     dtype = str(auto_dtype("cpu")).removeprefix("torch.")
-    cores = len(os.sched_getaffinity(0))
+    cores = usable_cores()
     found = f"{cores} cores, {' '.join(flags) or 'no vector units'}; the engine runs in {dtype}"
     if platform.machine() == "x86_64" and not able.get("avx2"):
         return Check(

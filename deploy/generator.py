@@ -10,6 +10,7 @@ from ray.serve.handle import DeploymentHandle
 
 from adapter_gen.export import export_peft, zip_files
 from adapter_gen.generator import AdapterGenerator
+from adapter_gen.update import LoraDelta
 from cluster_router.console.reports import GeneratorReport, Place
 from cluster_router.wire.errors import BundleError
 from cluster_router.wire.forms import ExportForm
@@ -55,9 +56,10 @@ class GeneratorReplica:
     async def get(self, key: AdapterKey, conditioning: Conditioning | None) -> list[ray.ObjectRef]:
         """A reference to the update `key`, in a list so that Serve does not resolve it."""
         delta = await self._generator.get(key, conditioning)
-        if key.id not in self._refs:
-            self._refs[key.id] = ray.put(delta)
-        return [self._refs[key.id]]
+        name = delta.key.id  # another than `key` where the update stands in for a refined one
+        if name not in self._refs:
+            self._refs[name] = ray.put(delta)
+        return [self._refs[name]]
 
     async def record_routing_stats(self) -> dict[str, list[str]]:
         """What this replica has at hand, for the request router."""
@@ -80,8 +82,11 @@ class GeneratorReplica:
     ) -> bytes:
         """The update as a zip archive of a PEFT adapter."""
         delta = await self._generator.get(key, conditioning)
-        bundle = self._bundle
-        head = load_lm_head(self._path)
+        return await asyncio.to_thread(self._archive, delta, form)
+
+    def _archive(self, delta: LoraDelta, form: ExportForm) -> bytes:
+        """Seconds of reading, multiplying and packing: not for the event loop."""
+        bundle, head = self._bundle, load_lm_head(self._path)
         return zip_files(
             export_peft(delta, bundle.spec, bundle.bases, self._base_model, head, form=form)
         )

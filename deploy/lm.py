@@ -17,7 +17,7 @@ from deploy.config import AppConfig
 from deploy.console import RemoteBoard, telling
 from deploy.fit import load_bundle
 from deploy.logs import join_serve
-from deploy.placement import check_gpus
+from deploy.placement import check_gpus, lm_niceness
 from deploy.remote import RemoteGenerator
 from deploy.reporting import INTERVAL_S, EngineReporter, report_every
 from lm_workers.build import build_engine
@@ -51,6 +51,7 @@ class LMReplica:
             None if bundle is None else bundle.spec,
             None if bundle is None else bundle.hypernetwork_id,
             patience_s=config.generator.patience_s,
+            niceness=lm_niceness(config.engine),
         )
         self._reporter = EngineReporter()
         loop = asyncio.get_running_loop()

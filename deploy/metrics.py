@@ -60,12 +60,13 @@ METRICS: tuple[Metric, ...] = (
            "held.", _WHO, "tokens"),
     Metric("ClusterRouter", "output_tokens", "counter", "Tokens of answers, counted when a stream "
            "ends.", _WHO, "tokens"),
-    Metric("ClusterRouter", "first_token_seconds", "histogram", "From the call to the first token.",
+    Metric("ClusterRouter", "first_token_seconds", "histogram", "From the call until the "
+           "router has the first token, whether it streams it or sends the answer whole.",
            ("mode",), "seconds", _SECONDS),
-    Metric("ClusterRouter", "token_gap_seconds", "histogram", "Mean time between the tokens of a "
-           "stream after its first.", ("mode",), "seconds", _GAPS),
+    Metric("ClusterRouter", "token_gap_seconds", "histogram", "Mean time between the tokens of an "
+           "answer after its first, as the router has them.", ("mode",), "seconds", _GAPS),
     Metric("ClusterRouter", "longest_gap_seconds", "histogram", "Longest time between two tokens "
-           "of a stream.", ("mode",), "seconds", _GAPS),
+           "of an answer, likewise.", ("mode",), "seconds", _GAPS),
     Metric("ClusterRouter", "request_seconds", "histogram", "From the call to the end of a stream.",
            ("mode",), "seconds", _SECONDS),
     Metric("ClusterRouter", "similarity", "histogram", "Cosine of a prompt's embedding to the "

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from cluster_router.wire.errors import ConfigError
 from deploy.config import EngineSettings
+from lm_workers.device import pick_device
 from lm_workers.vllm.config import VllmConfig
 
 NUM_CPUS = 0.5
+_NICENESS = 4
+"""Of an engine on a CPU beside other replicas: Ray starts all at 15, and 19 is the last."""
 
 
 def lm_resources(engine: EngineSettings) -> dict[str, float]:
@@ -22,6 +25,13 @@ def lm_resources(engine: EngineSettings) -> dict[str, float]:
 def gpus_used(engine: EngineSettings) -> int:
     """GPUs that one engine computes on, if it does on any."""
     return engine.devices if isinstance(engine, VllmConfig) else 1
+
+
+def lm_niceness(engine: EngineSettings) -> int:
+    """What is added to the niceness of an engine's threads: they give way to all else on a CPU."""
+    if isinstance(engine, VllmConfig) or pick_device(engine.device) != "cpu":
+        return 0
+    return _NICENESS
 
 
 def check_gpus(engine: EngineSettings, given: float | None) -> None:

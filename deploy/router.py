@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import aclosing
 from functools import partial
 from pathlib import Path
 
@@ -142,20 +143,17 @@ class RouterReplica:
 
     async def stream(self, request: GenerateRequest) -> AsyncIterator[TokenChunk]:
         """See ClusterRouter.stream."""
-        chunks = self._router.run(self._router.prepare(request))
-        try:
+        async with aclosing(self._router.stream(request)) as chunks:
             async for chunk in chunks:
                 yield chunk
-        finally:
-            await chunks.aclose()
 
     async def assign(self, request: GenerateRequest) -> Assignment:
         """See ClusterRouter.assign."""
-        return self._router.assign(request)
+        return await self._router.assign(request)
 
     async def clusters(self, namespace: str = DEFAULT_NAMESPACE) -> list[ClusterInfo]:
         """See ClusterRouter.clusters."""
-        return self._router.clusters(namespace)
+        return await self._router.clusters(namespace)
 
     async def _report(self) -> None:
         self._reporter.report(self._traffic)

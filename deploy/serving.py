@@ -46,8 +46,8 @@ class ServeConfig:
     @property
     def url(self) -> str:
         """Where a client on this machine finds the application."""
-        host = "127.0.0.1" if self.host in {"0.0.0.0", "::"} else self.host
-        return f"http://{host}:{self.port}{self.prefix}"
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
+        return f"http://{f'[{host}]' if ':' in host else host}:{self.port}{self.prefix}"
 
 
 @dataclass(frozen=True)
@@ -159,8 +159,9 @@ def check_parts(config: ServeConfig) -> str:
 
 def check_port(host: str, port: int) -> None:
     """Raise ConfigError if something listens there already, or nobody may."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET  # as Serve chooses it
     try:
-        with socket.create_server((host, port)):
+        with socket.create_server((host, port), family=family):
             pass
     except OSError as error:
         raise ConfigError(

@@ -169,7 +169,7 @@ def _shape(schema: Schema, defs: Mapping[str, Schema]) -> str:
         if union in schema:
             return " or ".join(dict.fromkeys(_shape(one, defs) for one in schema[union]))
     bounds = [
-        text.format(f"{schema[key]:g}")
+        text.format(_number(schema[key]))
         for key, text in _BOUNDS.items()
         if key in schema and not (key.startswith("min") and schema[key] == 1 and key != "minimum")
     ]
@@ -182,6 +182,11 @@ def _shape(schema: Schema, defs: Mapping[str, Schema]) -> str:
         kind = f"map to {_shape(schema['additionalProperties'], defs)}"
     kind = schema.get("format", kind) if schema.get("format") == "path" else kind
     return f"{kind} {', '.join(bounds)}".rstrip()
+
+
+def _number(value: float) -> str:
+    """Whole numbers in full."""
+    return str(int(value)) if value == int(value) else f"{value:g}"
 
 
 def _code(value: object) -> str:

@@ -62,8 +62,7 @@ class RouterReporter:
                 await self._board.hear_table(await self._table(name))
 
     async def _table(self, namespace: str) -> ClusterTable:
-        assigner = self._assigners.of(namespace)
-        snapshot, clusters = assigner.snapshot, tuple(assigner.clusters())
+        snapshot, clusters = await asyncio.to_thread(self._assigners.of(namespace).table)
         known = self._points.get(namespace)
         if known is None or known[0] != snapshot.version:
             points = await asyncio.to_thread(self._plane.place, snapshot.centroids)
@@ -71,4 +70,4 @@ class RouterReporter:
         self._points = {
             n: it for n, it in self._points.items() if n in self._assigners.namespaces()
         }
-        return ClusterTable(namespace, snapshot.version, clusters, known[1])
+        return ClusterTable(namespace, snapshot.version, tuple(clusters), known[1])

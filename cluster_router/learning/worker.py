@@ -122,10 +122,11 @@ class LearnerWorker:
         for namespace in self._learners.namespaces():
             try:
                 snapshot = self._learners.publish(namespace)
-            except ChameleonError as error:
+            except Exception as error:  # whatever the client of an object store raises
+                why = str(error) or repr(error)
                 if namespace not in self._failures:
-                    logger.error("clusters are learned but not published: %s", error)
-                self._failures[namespace] = str(error)
+                    logger.error("clusters are learned but not published: %s", why)
+                self._failures[namespace] = why
             else:
                 self._note(namespace, snapshot)
                 if self._failures.pop(namespace, None):

@@ -45,7 +45,10 @@ _PARTS = {
     },
 }
 Content = Annotated[
-    str, BeforeValidator(_text), WithJsonSchema({"anyOf": [{"type": "string"}, _PARTS]})
+    str,
+    BeforeValidator(_text),
+    WithJsonSchema({"anyOf": [{"type": "string"}, _PARTS]}),
+    Field(description="Text, or parts of text, which are joined. No images, sound or files."),
 ]
 
 
@@ -56,15 +59,21 @@ class ChatMessage(Strict):
     content: Content
     name: str | None = None
     tool_call_id: str | None = Field(None, description="Accepted; changes nothing.")
-    tool_calls: Annotated[Any, allow(None, [], otherwise=_NO_TOOLS.format("tool_calls"))] = None
-    function_call: Annotated[Any, allow(None, otherwise=_NO_TOOLS.format("function_call"))] = None
+    tool_calls: Annotated[Any, allow(None, [], otherwise=_NO_TOOLS.format("tool_calls"))] = Field(
+        None, description="Only `null` or `[]`: there are no tools."
+    )
+    function_call: Annotated[Any, allow(None, otherwise=_NO_TOOLS.format("function_call"))] = Field(
+        None, description="Only `null`: there are no functions."
+    )
     refusal: Annotated[
         Any, allow(None, otherwise="Send a refusal as content; refusal is not supported.")
-    ] = None
-    audio: Annotated[Any, allow(None, otherwise="Audio is not supported; send text.")] = None
+    ] = Field(None, description="Only `null`: a refusal is text like any other.")
+    audio: Annotated[Any, allow(None, otherwise="Audio is not supported; send text.")] = Field(
+        None, description="Only `null`: there is no sound."
+    )
     annotations: Annotated[
         Any, allow(None, [], otherwise="annotations are not supported; leave them out.")
-    ] = None
+    ] = Field(None, description="Only `null` or `[]`: answers have none.")
 
 
 class ChatRequest(SamplingFields):
@@ -95,32 +104,44 @@ class ChatRequest(SamplingFields):
     response_format: Annotated[
         Any,
         allow(None, {"type": "text"}, otherwise='response_format can only be {"type": "text"}.'),
-    ] = None
-    tools: Annotated[Any, allow(None, [], otherwise=_NO_TOOLS.format("tools"))] = None
+    ] = Field(None, description='Only `{"type": "text"}`: no JSON mode, no JSON schema.')
+    tools: Annotated[Any, allow(None, [], otherwise=_NO_TOOLS.format("tools"))] = Field(
+        None, description="Only `null` or `[]`: tool calls are not supported."
+    )
     tool_choice: Annotated[
         Any, allow(None, "none", "auto", otherwise=_NO_TOOLS.format("tool_choice"))
-    ] = None
-    functions: Annotated[Any, allow(None, [], otherwise=_NO_TOOLS.format("functions"))] = None
+    ] = Field(None, description="Only `none` or `auto`: there are no tools.")
+    functions: Annotated[Any, allow(None, [], otherwise=_NO_TOOLS.format("functions"))] = Field(
+        None, description="Older name of `tools`. Only `null` or `[]`."
+    )
     function_call: Annotated[
         Any, allow(None, "none", "auto", otherwise=_NO_TOOLS.format("function_call"))
-    ] = None
+    ] = Field(None, description="Older name of `tool_choice`. Only `none` or `auto`.")
     store: Annotated[
         Any, allow(None, False, otherwise="Answers are not stored; leave store out.")
-    ] = None
+    ] = Field(None, description="Only `false`: answers are not stored.")
     service_tier: Annotated[
         Any, allow(None, "auto", "default", otherwise="service_tier can only be auto or default.")
-    ] = None
+    ] = Field(None, description="Only `auto` or `default`: there is one tier.")
     reasoning_effort: Annotated[
         Any,
         allow(None, "none", otherwise="This model does not reason; leave reasoning_effort out."),
-    ] = None
-    verbosity: Annotated[Any, allow(None, "medium", otherwise="verbosity cannot be set.")] = None
+    ] = Field(None, description="Only `none`: nothing is thought before the answer.")
+    verbosity: Annotated[Any, allow(None, "medium", otherwise="verbosity cannot be set.")] = Field(
+        None, description="Only `medium`, which changes nothing."
+    )
     modalities: Annotated[
         Any, allow(None, ["text"], otherwise='modalities can only be ["text"].')
-    ] = None
-    audio: Annotated[Any, allow(None, otherwise="Audio output is not supported.")] = None
-    prediction: Annotated[Any, allow(None, otherwise="prediction is not supported.")] = None
-    web_search_options: Annotated[Any, allow(None, otherwise="Web search is not supported.")] = None
+    ] = Field(None, description='Only `["text"]`: answers are text.')
+    audio: Annotated[Any, allow(None, otherwise="Audio output is not supported.")] = Field(
+        None, description="Only `null`: there is no sound."
+    )
+    prediction: Annotated[Any, allow(None, otherwise="prediction is not supported.")] = Field(
+        None, description="Only `null`: predicted outputs are not supported."
+    )
+    web_search_options: Annotated[Any, allow(None, otherwise="Web search is not supported.")] = (
+        Field(None, description="Only `null`: there is no web search.")
+    )
 
 
 class ChatLayout:

@@ -113,7 +113,7 @@ class StreamOptions(Strict):
     include_obfuscation: Annotated[
         bool | None,
         allow(False, None, otherwise="stream_options.include_obfuscation must be false."),
-    ] = None
+    ] = Field(None, description="Only `false`: nothing is added to hide how long texts are.")
 
 
 class SamplingFields(Strict):

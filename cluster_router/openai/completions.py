@@ -56,7 +56,7 @@ class CompletionRequest(SamplingFields):
     best_of: int | None = Field(None, description="Must equal `n`.")
     suffix: Annotated[
         str | None, allow(None, "", otherwise="suffix is not supported; leave it out.")
-    ] = None
+    ] = Field(None, description="Only `null` or empty: nothing is written before a given end.")
 
 
 class CompletionLayout:

@@ -47,18 +47,18 @@ async def prepare_completion(service: ClusterRouter, body: CompletionRequest) ->
         **_shared(service, body),
     )
     _check_min_tokens(body, max_tokens)
-    prepared = []
+    prepared, layouts = [], []
     for prompt in body.prompt:
-        prepared.append(service.prepare(_generate(prompt, sampling, body)))
+        prepared.append(await service.prepare(_generate(prompt, sampling, body)))
+        echo = _echo(service, body, prompt)
+        layouts.append(partial(CompletionLayout, echo, body.logprobs is not None))
         await asyncio.sleep(0)  # Many prompts must not keep other requests from their turn.
-    layouts = [
-        partial(CompletionLayout, _echo(service, body, prompt), body.logprobs is not None)
-        for prompt in body.prompt
-    ]
     return _answer(service, "cmpl", CompletionLayout.kinds, prepared, layouts, body)
 
 
-def prepare_chat(service: ClusterRouter, body: ChatRequest, most_tokens: int | None) -> Answer:
+async def prepare_chat(
+    service: ClusterRouter, body: ChatRequest, most_tokens: int | None
+) -> Answer:
     """Prepare the conversation in `body`.
 
     `most_tokens` bounds an answer whose length `body` leaves open.
@@ -73,7 +73,7 @@ def prepare_chat(service: ClusterRouter, body: ChatRequest, most_tokens: int | N
     top = (body.top_logprobs or 0) if body.logprobs else None
     # How much the context leaves is known once the prompt is in tokens; until then ask for one.
     sampling = SamplingParams(max_tokens=max_tokens or 1, logprobs=top, **_shared(service, body))
-    prepared = service.prepare(_generate(as_messages(body.messages), sampling, body))
+    prepared = await service.prepare(_generate(as_messages(body.messages), sampling, body))
     if max_tokens is None:
         rest = service.remaining(prepared.prompt_tokens)
         max_tokens = rest if most_tokens is None else min(rest, most_tokens)
@@ -169,7 +169,7 @@ def _echo(service: ClusterRouter, body: CompletionRequest, prompt: Prompt) -> st
         return ""
     if isinstance(prompt, str):
         return prompt
-    return None if body.logprobs is not None else "".join(map(service.token_text, prompt))
+    return None if body.logprobs is not None else service.text(prompt)
 
 
 def _answer(

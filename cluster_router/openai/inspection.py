@@ -56,15 +56,15 @@ def inspection_routes(service: ServiceSource) -> APIRouter:
     @router.get("/clusters", response_model=ClusterList, summary="List the clusters")
     async def list_clusters(request: Request, namespace: Tenant = DEFAULT_NAMESPACE) -> Any:
         source, namespace = service(), tenant_of(request, namespace)
-        data = [_view(cluster) for cluster in source.clusters(namespace)]
-        version = source.snapshot_version(namespace)
-        return {"object": "list", "snapshot_version": version, "data": data}
+        snapshot, clusters = await source.table(namespace)
+        data = [_view(cluster) for cluster in clusters]
+        return {"object": "list", "snapshot_version": snapshot.version, "data": data}
 
     @router.get("/clusters/{cluster}", response_model=ClusterView, summary="Describe a cluster")
     async def get_cluster(
         request: Request, cluster: ClusterId, namespace: Tenant = DEFAULT_NAMESPACE
     ) -> Any:
-        return _view(service().cluster(cluster, tenant_of(request, namespace)))
+        return _view(await service().cluster(cluster, tenant_of(request, namespace)))
 
     @router.get(
         "/clusters/{cluster}/adapter",
@@ -94,7 +94,7 @@ def inspection_routes(service: ServiceSource) -> APIRouter:
         source = service()
         if body.model is not None:
             check_model(source, body.model)
-        prepared = source.prepare(_assignable(body, tenant_of(request, body.namespace)))
+        prepared = await source.prepare(_assignable(body, tenant_of(request, body.namespace)))
         return {
             "object": "assignment",
             "model": source.model.name,

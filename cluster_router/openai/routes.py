@@ -57,7 +57,7 @@ def openai_routes(service: ServiceSource, chat_max_tokens: int | None) -> APIRou
         summary="Answer a conversation",
     )
     async def chat(body: ChatRequest, request: Request) -> Response:
-        answer = prepare_chat(service(), _of_tenant(body, request), chat_max_tokens)
+        answer = await prepare_chat(service(), _of_tenant(body, request), chat_max_tokens)
         return await _respond(service, answer, body, request)
 
     return router

@@ -19,6 +19,13 @@ FloatArray = NDArray[np.float32]
 DEFAULT_NAMESPACE = ""
 """Namespace of requests that name none."""
 
+_LEAST_TEMPERATURE = 1e-6
+"""What is far below it is zero in an engine's float32, and no divisor."""
+
+
+def _greedy_near_zero(temperature: float) -> float:
+    return temperature if temperature >= _LEAST_TEMPERATURE else 0.0
+
 
 def _printable(namespace: str) -> str:
     if len(namespace) > 128 or not namespace.isprintable():
@@ -40,14 +47,15 @@ class _Frozen(BaseModel):
 class SamplingParams(_Frozen):
     """How tokens are chosen. Names and meanings are OpenAI's, with vLLM's extensions.
 
-    `temperature=0` is greedy. `top_k=0` and `min_p=0` are off. `logprobs=k` returns the chosen
-    token's log-probability and the k most likely; `prompt_logprobs=k` does so for the prompt.
-    `seed` makes the sampled tokens a function of the request alone, under any batching.
+    `temperature=0` is greedy, and less than a millionth is taken for 0. `top_k=0` and `min_p=0` are
+    off. `logprobs=k` returns the chosen token's log-probability and the k most likely;
+    `prompt_logprobs=k` does so for the prompt. `seed` makes the sampled tokens a function of the
+    request alone, under any batching.
     """
 
     max_tokens: Annotated[int, Field(ge=0)] = 16
     min_tokens: Annotated[int, Field(ge=0)] = 0
-    temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
+    temperature: Annotated[float, Field(ge=0, le=2), AfterValidator(_greedy_near_zero)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     top_k: Annotated[int, Field(ge=0)] = 0
     min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
@@ -98,7 +106,8 @@ class AdapterKey:
     `cluster` is None for the static update (the learned part that every cluster shares).
     `version` is the snapshot version at which this cluster last moved, so a snapshot that leaves a
     cluster in place leaves its key in place. `refinement` is the content id of an update refined
-    on the cluster's prompts; it no longer depends on where the cluster is, and has version 0.
+    on the cluster's prompts; it no longer depends on where the cluster is, and has version 0. One
+    that begins with `instead-` stands in for such an update while that is gone.
     """
 
     base: str
@@ -217,6 +226,7 @@ class TokenChunk:
     stop_reason: str | int | None = None
     cached_tokens: int = 0
     stand_in: AdapterKey | None = None
+    received_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

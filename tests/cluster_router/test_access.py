@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import yaml
+from limits.aio.storage import MemoryStorage
 
 from cluster_router.access import ANYONE, Access, ApiKey, Caller, KeyFile, key_hash, read_keys
 from cluster_router.wire.errors import (
@@ -58,6 +61,64 @@ async def test_a_key_may_be_used_so_often_and_others_go_on() -> None:
 def test_rates_are_counted_where_something_counts() -> None:
     with pytest.raises(ConfigError, match="nowhere"):
         Access(lambda: (), "nowhere://x")
+
+
+@pytest.mark.parametrize("url", ["redis://127.0.0.1:1", "rediss://127.0.0.1:1"])
+def test_redis_needs_the_package_that_the_settings_name(url: str) -> None:
+    pytest.importorskip("redis")
+    Access(lambda: (), url)
+
+
+class SharedStorage(MemoryStorage):
+    """What all processes name `shared://`, and what is wrong with it at this moment."""
+
+    STORAGE_SCHEME: ClassVar[list[str]] = ["async+shared"]
+    failure: Exception | None = None
+    hangs = False
+    asked = 0
+
+    async def acquire_entry(self, *args: object, **options: object) -> bool:
+        SharedStorage.asked += 1
+        if self.hangs:
+            await asyncio.Event().wait()
+        if self.failure is not None:
+            raise self.failure
+        return await super().acquire_entry(*args, **options)
+
+
+async def test_each_counts_for_itself_while_a_shared_storage_fails(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    now = 0.0
+    door = Access(lambda: (BOUND,), "shared://", lambda: now)
+    monkeypatch.setattr(SharedStorage, "asked", 0)
+    monkeypatch.setattr(SharedStorage, "failure", RuntimeError("connection refused"))
+    for _ in range(3):
+        await door.admit("Bearer secret-2")
+    with pytest.raises(OverloadedError):
+        await door.admit("Bearer secret-2")
+    assert SharedStorage.asked == 1, "not at each request"
+    now = 5.0
+    with pytest.raises(OverloadedError):
+        await door.admit("Bearer secret-2")
+    assert SharedStorage.asked == 2
+    assert caplog.text.count("connection refused") == 1, "said once"
+    monkeypatch.setattr(SharedStorage, "failure", None)
+    now = 10.0
+    for _ in range(3):
+        await door.admit("Bearer secret-2")
+    assert "together again" in caplog.text
+
+
+async def test_a_storage_that_does_not_answer_holds_up_nobody(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("cluster_router.access._PATIENCE_S", 0.05)
+    monkeypatch.setattr(SharedStorage, "hangs", True)
+    door = Access(lambda: (BOUND,), "shared://")
+    async with asyncio.timeout(5):
+        await door.admit("Bearer secret-2")
+    assert "TimeoutError" in caplog.text
 
 
 def test_a_bound_key_speaks_for_its_tenant_alone() -> None:

@@ -114,6 +114,24 @@ async def test_what_cannot_be_learned_from_is_counted(
     assert "NaN" in caplog.text and "max_namespaces" in caplog.text
 
 
+async def test_publishing_goes_on_whatever_a_stores_client_raises(
+    worker: LearnerWorker, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await worker.learn([("", prompts(5)), ("a", prompts(6))])
+    broken = worker._learners._tenant("").store
+
+    def fail(_: object) -> None:
+        raise RuntimeError("no credentials")
+
+    monkeypatch.setattr(broken, "save", fail)
+    await worker.publish()
+    assert stored(folder) is None and stored(folder, "a") is not None
+    assert worker.status().failures == ("no credentials",)
+    monkeypatch.undo()
+    await worker.publish()
+    assert stored(folder) is not None and worker.status().failures == ()
+
+
 def publish(bundle: ClusterSnapshot, folder: Path, *numbers: int) -> ClusterSnapshot:
     """What a learner that starts anew publishes after some topics."""
     learners = TenantLearners(bundle, str(folder), CONFIG)

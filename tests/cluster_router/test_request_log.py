@@ -1,12 +1,15 @@
 import asyncio
 import gzip
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import pytest
 
-from cluster_router.request_log import UNNAMED, LoggedWorker, RequestLog
+from cluster_router.files import Folder
+from cluster_router.request_log import UNNAMED, LoggedWorker, RequestLog, folder_of
 from cluster_router.wire.errors import OverloadedError
 from cluster_router.wire.types import Assignment, SamplingParams, TokenizedRequest
 
@@ -70,6 +73,59 @@ async def test_a_namespace_cannot_be_a_path(tmp_path: Path) -> None:
     await own.flush()
     assert [path.name for path in tmp_path.iterdir()] == ["log"]
     assert len(list((tmp_path / "log").iterdir())) == 4
+
+
+def test_folders_are_named_as_their_namespaces_are() -> None:
+    names = ["a", "..", UNNAMED, f"%6E{UNNAMED[1:]}", "a/b", "naïve", "x" * 128]
+    assert [unquote(folder_of(name)) for name in names] == names
+    assert folder_of("") == UNNAMED
+    assert len({folder_of(name) for name in ["", *names]}) == len(names) + 1
+
+
+async def test_a_namespace_of_any_length_has_a_folder(tmp_path: Path) -> None:
+    own = log(tmp_path)
+    names = ["\U0001f642" * 127 + last for last in "ab"]
+    for name in [*names, "a"]:
+        own.add(asked(name), "x")
+    await own.flush()
+    found = {path.name for path in tmp_path.iterdir()}
+    assert found == {folder_of(name) for name in [*names, "a"]}
+    assert all(len(name) <= 255 for name in found) and len(found) == 3
+
+
+async def test_one_that_cannot_be_written_hinders_no_other(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "a").write_text("in the way")
+    own = log(tmp_path)
+    for namespace in "ab":
+        for number in range(20):
+            own.add(asked(namespace, id=str(number)), "x" * 100)
+    for _ in range(2):
+        await own.flush()
+    assert len(rows(tmp_path / "b")) == 20
+    assert caplog.text.count("requests are not logged") == 1
+    (tmp_path / "a").unlink()
+    await own.flush()
+    assert len(rows(tmp_path / "a")) == 20
+
+
+async def test_it_goes_on_whatever_a_stores_client_raises(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("no credentials")
+
+    own = log(tmp_path)
+    own.add(asked(), "x")
+    with monkeypatch.context() as broken:
+        broken.setattr(Folder, "write", fail)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(0.2):
+                await own.run(0.01)
+    assert caplog.text.count("no credentials") == 1
+    await own.flush()
+    assert len(rows(tmp_path / "a")) == 1
 
 
 async def test_what_cannot_be_written_is_kept_and_written_later(

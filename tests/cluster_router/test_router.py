@@ -1,16 +1,26 @@
 import asyncio
+import threading
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from cluster_router.router import ClusterRouter
+from cluster_router.clusters import Assigner
+from cluster_router.embedding import TokenEmbedder
+from cluster_router.index import FaissIndex
+from cluster_router.prompts import EncodedPrompt, PromptEncoder
+from cluster_router.router import ClusterRouter, ServedModel
+from cluster_router.tenants import TenantAssigners
 from cluster_router.wire.errors import (
+    ContextLengthError,
     EngineError,
     OverloadedError,
     RequestError,
     UnknownClusterError,
 )
+from cluster_router.wire.snapshot import ClusterSnapshot
 from cluster_router.wire.types import (
     AdapterKey,
     GenerateRequest,
@@ -57,47 +67,98 @@ async def test_adaptation_modes(
     assert (adaptation.mode, adaptation.cluster) == (mode, cluster)
 
 
-def test_the_chat_template_does_not_sway_the_assignment(router: ClusterRouter) -> None:
+async def test_the_chat_template_does_not_sway_the_assignment(router: ClusterRouter) -> None:
     chat = GenerateRequest(messages=(Message(role="user", content="sail wind"),))
-    assert router.assign(chat).similarity == router.assign(ask("sail wind")).similarity
+    plain = await router.assign(ask("sail wind"))
+    assert (await router.assign(chat)).similarity == plain.similarity
 
 
-def test_assignment_is_a_function_of_the_request(router: ClusterRouter) -> None:
-    alone = router.assign(ask("sail court")).similarity
+async def test_assignment_is_a_function_of_the_request(router: ClusterRouter) -> None:
+    alone = (await router.assign(ask("sail court"))).similarity
     for other in ("judge", "law law wind", "mast"):
-        router.prepare(ask(other))
-    assert router.assign(ask("sail court")).similarity == alone
+        await router.prepare(ask(other))
+    assert (await router.assign(ask("sail court"))).similarity == alone
 
 
-def test_only_what_may_be_learned_from_is_shown(
+async def test_only_what_may_be_learned_from_is_shown(
     router: ClusterRouter, observed: list[Observation]
 ) -> None:
-    prepared = router.prepare(ask("sail wind", namespace="a"))
-    router.prepare(ask("sail wind", learn=False))
-    router.assign(ask("sail wind"))
-    router.prepare(ask("judge", adaptation="off"))
+    prepared = await router.prepare(ask("sail wind", namespace="a"))
+    await router.prepare(ask("sail wind", learn=False))
+    await router.assign(ask("sail wind"))
+    await router.prepare(ask("judge", adaptation="off"))
     assert [seen.namespace for seen in observed] == ["a", ""]
     assert observed[0].embedding.shape == (32,)
     assert observed[0].prompt_tokens == prepared.prompt_tokens
     assert observed[0].assignment is prepared.assignment
     assert observed[1].assignment.key is None
     with pytest.raises(RequestError):
-        router.prepare(ask(max_tokens=1000))
+        await router.prepare(ask(max_tokens=1000))
     assert len(observed) == 2
 
 
-def test_unnamed_requests_get_distinct_ids(router: ClusterRouter) -> None:
-    names = {router.prepare(ask()).request_id for _ in range(3)}
+async def test_unnamed_requests_get_distinct_ids(router: ClusterRouter) -> None:
+    names = {(await router.prepare(ask())).request_id for _ in range(3)}
     assert len(names) == 3
     assert "" not in names
 
 
-def test_refusals_come_before_the_stream(router: ClusterRouter, worker: Any) -> None:
+async def test_refusals_come_before_the_stream(router: ClusterRouter, worker: Any) -> None:
     with pytest.raises(RequestError):
-        router.stream(GenerateRequest())
+        await anext(router.stream(GenerateRequest()))
     with pytest.raises(UnknownClusterError):
-        router.stream(ask(adaptation=99))
+        await anext(router.stream(ask(adaptation=99)))
     assert worker.requests == []
+
+
+@pytest.mark.parametrize("form", ["prompt", "prompt_tokens", "messages"])
+async def test_a_long_prompt_does_not_hold_up_the_loop(
+    router: ClusterRouter, prompts: PromptEncoder, monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    long = "sail " * 4000
+    fields: dict[str, Any] = {
+        "prompt": long,
+        "prompt_tokens": (2,) * 2**14,
+        "messages": [Message(role="user", content=long[: len(long) // 2])] * 2,
+    }
+    encode, begun, goes_on = prompts.encode, threading.Event(), threading.Event()
+
+    def encode_slowly(request: GenerateRequest) -> EncodedPrompt:
+        begun.set()
+        assert goes_on.wait(5)
+        return encode(request)
+
+    monkeypatch.setattr(prompts, "encode", encode_slowly)
+    asked = asyncio.create_task(router.prepare(GenerateRequest(**{form: fields[form]})))
+    assert await asyncio.to_thread(begun.wait, 5)
+    goes_on.set()  # only a loop that goes on comes here
+    with pytest.raises(ContextLengthError):
+        await asked
+    assert router.traffic.report().total.errors == {"context_length_exceeded": 1}
+
+
+async def test_a_namespace_is_read_before_its_first_request_is_assigned(
+    prompts: PromptEncoder,
+    embedder: TokenEmbedder,
+    ship_and_court: ClusterSnapshot,
+    worker: Any,
+    exporter: Any,
+) -> None:
+    learned = replace(ship_and_court, version=8, ids=ship_and_court.ids + 1000)
+    calls: list[Callable[[ClusterRouter], Any]] = [
+        lambda router: router.generate(ask(namespace="a", adaptation=1010)),
+        lambda router: router.cluster(1020, "a"),
+        lambda router: router.export(1020, "a"),
+    ]
+    for call in calls:
+        assigners = TenantAssigners(
+            lambda _: Assigner(ship_and_court, FaissIndex, "base", "hyper"), lambda *_: learned
+        )
+        model = ServedModel("tiny", created=1, context_length=32, vocab_size=12)
+        router = ClusterRouter(model, prompts, embedder, assigners, worker, exporter)
+        await call(router)
+        assert [info.id for info in await router.clusters("a")] == [1010, 1020]
+        assert [info.id for info in await router.clusters()] == [10, 20]
 
 
 async def test_closing_the_stream_closes_the_workers(router: ClusterRouter, worker: Any) -> None:
@@ -146,10 +207,11 @@ async def test_export_hands_over_the_clusters_key_and_conditioning(
         await router.export(21)
 
 
-def test_views(router: ClusterRouter) -> None:
-    assert [info.id for info in router.clusters()] == [10, 20]
-    assert router.cluster(20).size == 105
-    assert router.snapshot_version() == 7
+async def test_views(router: ClusterRouter) -> None:
+    snapshot, clusters = await router.table()
+    assert [info.id for info in clusters] == [10, 20]
+    assert snapshot.version == 7
+    assert (await router.cluster(20)).size == 105
     assert router.remaining((1,) * 30) == 2
-    assert router.token_text(0) == "<s>"
+    assert router.text((0, 2)) == "<s> sail"
     assert router.model.name == "tiny"

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -110,19 +111,50 @@ async def test_one_that_was_forgotten_is_read_again(
     tenants: TenantAssigners, published: Published, make_snapshot: Callable[..., ClusterSnapshot]
 ) -> None:
     published.snapshots["a"] = make_snapshot(np.eye(3, 8), version=3)
-    task = asyncio.create_task(tenants.follow(interval_s=60))
-    try:
-        for others in ((), ("b", "c", "d")):
-            for name in others:
-                tenants.of(name)
-            assert tenants.of("a").snapshot.version == 1
-            async with asyncio.timeout(5):  # at once, not when the next look is due
-                while tenants.of("a").snapshot.version != 3:
-                    await asyncio.sleep(0.005)
-    finally:
-        task.cancel()
-        with suppress(asyncio.CancelledError):
-            await task
+    for others in ((), ("b", "c", "d")):
+        for name in others:
+            tenants.of(name)
+        assert tenants.of("a").snapshot.version == 1
+        assert (await tenants.ready("a")).snapshot.version == 3
+
+
+async def test_those_who_ask_at_once_share_one_reading(
+    tenants: TenantAssigners, published: Published, make_snapshot: Callable[..., ClusterSnapshot]
+) -> None:
+    published.snapshots["a"] = make_snapshot(np.eye(3, 8), version=3)
+    ready = await asyncio.gather(*(tenants.ready("a") for _ in range(5)))
+    assert {assigner.snapshot.version for assigner in ready} == {3}
+    await tenants.ready("a")
+    assert published.reads == ["a"]
+
+
+async def test_one_forgotten_while_it_is_read_is_not_read_twice(
+    tenants: TenantAssigners, published: Published, make_snapshot: Callable[..., ClusterSnapshot]
+) -> None:
+    published.snapshots["a"] = make_snapshot(np.eye(3, 8), version=3)
+    for name in ("a", "b", "c", "a"):
+        tenants.of(name)
+    assert (await tenants.ready("a")).snapshot.version == 3
+    assert published.reads.count("a") == 1
+
+
+async def test_a_reading_that_takes_long_is_not_waited_for(
+    make: Callable[[str], Assigner], make_snapshot: Callable[..., ClusterSnapshot]
+) -> None:
+    goes_on = threading.Event()
+
+    def read(*_: object) -> ClusterSnapshot:
+        assert goes_on.wait(5)
+        return make_snapshot(np.eye(3, 8), version=3)
+
+    tenants = TenantAssigners(make, read, patience_s=0.05)
+    for _ in range(2):
+        assert (await tenants.ready("a")).snapshot.version == 1
+    assert not goes_on.is_set(), "both came back before it ended"
+    goes_on.set()
+    async with asyncio.timeout(5):
+        while tenants.of("a").snapshot.version != 3:
+            await asyncio.sleep(0.005)
 
 
 async def test_all_are_followed(

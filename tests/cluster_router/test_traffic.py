@@ -1,9 +1,12 @@
 import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from cluster_router.delivery import Delivery
 from cluster_router.router import ClusterRouter
 from cluster_router.tally import Key, StreamEnd, quantile
 from cluster_router.traffic import CUT_OFF, OTHER, Traffic
@@ -78,6 +81,26 @@ def test_a_streams_times_and_counts(traffic: Traffic, clock: Clock, ends: list[S
     assert (found.key, found.in_flight, found.requests) == (Key("", 3), 0, {"cluster": 1})
     assert (found.first_token_s, found.seconds, found.similarity) == ((2,), (5,), (0.25,))
     assert found.errors == {}
+
+
+async def test_an_answer_that_is_held_back_has_the_times_at_which_it_came(
+    traffic: Traffic, clock: Clock, ends: list[StreamEnd]
+) -> None:
+    class Slow:
+        async def generate(self, asked: TokenizedRequest) -> AsyncIterator[TokenChunk]:
+            for wait, token in ((2.0, 1), (0.5, 2), (1.5, 3)):
+                clock.now += wait
+                yield TokenChunk("r", tokens=(token,), finish_reason="stop" if token == 3 else None)
+            clock.now += 1
+
+    whole = replace(request(), whole=True)
+    flight = traffic.begin(whole)
+    async for chunk in Delivery(Slow(), clock=clock).generate(whole):
+        assert clock.now == 1005
+        flight.chunk(chunk)
+    flight.end()
+    [end] = ends
+    assert (end.first_token_s, end.token_gap_s, end.longest_gap_s, end.seconds) == (2, 1, 1.5, 5)
 
 
 def test_keys_are_kept_apart_and_add_up(traffic: Traffic) -> None:
@@ -178,10 +201,10 @@ async def test_the_router_counts_every_stream_however_it_ends(
 async def test_refusals_are_counted_by_code(router: ClusterRouter) -> None:
     for wrong in (ask(max_tokens=1000), ask(adaptation=99), GenerateRequest()):
         with pytest.raises(RequestError):
-            router.prepare(wrong)
+            await router.prepare(wrong)
     with pytest.raises(RequestError):
-        router.assign(ask(adaptation=99))
-    router.assign(ask())
+        await router.assign(ask(adaptation=99))
+    await router.assign(ask())
     total = router.traffic.report().total
     assert total.requests == {}
     assert total.errors == {

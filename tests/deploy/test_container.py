@@ -31,9 +31,19 @@ def test_hadolint_has_nothing_to_say() -> None:
 
 @pytest.mark.skipif(shutil.which("docker-compose") is None, reason="no docker-compose here")
 def test_compose_accepts_its_file() -> None:
-    command = ["docker-compose", "-f", str(DEPLOY / "compose.yaml"), "config", "--quiet"]
+    files = ["-f", str(DEPLOY / "compose.yaml"), "-f", str(DEPLOY / "compose.gpu.yaml")]
+    command = ["docker-compose", *files, "config", "--quiet"]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
+
+
+def test_the_gpu_file_adds_to_the_service_alone() -> None:
+    added = yaml.safe_load((DEPLOY / "compose.gpu.yaml").read_text())["services"]
+    [(name, service)] = added.items()
+    assert service["build"]["args"].keys() == compose()["services"][name]["build"]["args"].keys()
+    assert f"{service['build']['args']['ACCELERATOR']} = [" in (ROOT / "pyproject.toml").read_text()
+    [device] = service["deploy"]["resources"]["reservations"]["devices"]
+    assert device["capabilities"] == ["gpu"]
 
 
 def test_what_is_copied_and_mounted_is_there() -> None:

@@ -14,7 +14,7 @@ import yaml
 from cluster_router.wire.errors import ConfigError
 from deploy.app import build
 from deploy.config import AppConfig
-from deploy.placement import check_gpus
+from deploy.placement import check_gpus, lm_niceness
 from deploy.serving import Overrides, read_config
 
 ROOT = Path(__file__).parents[2]
@@ -45,6 +45,13 @@ def test_a_replica_asks_for_the_gpus_that_its_engine_uses(
 @pytest.mark.parametrize("given", [None, 0, 0.25, 1])
 def test_an_engine_on_one_device_takes_one_gpu_or_less(given: float | None) -> None:
     check_gpus(settings({}).engine, given)
+
+
+def test_the_engine_on_a_cpu_alone_gives_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert lm_niceness(settings({"device": "cpu"}).engine) == 4
+    assert lm_niceness(settings({"backend": "vllm"}).engine) == 0, "it has processes of its own"
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert lm_niceness(settings({"device": "cuda"}).engine) == 0
 
 
 @pytest.mark.parametrize("given", [0, 2])

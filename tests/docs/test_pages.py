@@ -70,6 +70,12 @@ def test_the_reference_is_what_the_code_says(generate) -> None:
         assert written == text, f"docs/reference/{name} is old; run: python docs/generate.py"
 
 
+def test_whole_numbers_are_written_in_full(generate) -> None:
+    text = generate.pages()
+    assert ">= 1048576" in text["settings.md"] and "< 9223372036854775808" in text["http.md"]
+    assert ">= 0.001" in text["http.md"]
+
+
 def test_a_setting_without_a_meaning_is_noticed(generate) -> None:
     class Undescribed(AppConfig):
         """Says nothing of its setting."""

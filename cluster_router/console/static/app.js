@@ -19,6 +19,7 @@ let paused = false;
 let locked = false;
 let timer = 0;
 let asking = null;
+let offered = false; // whether the trial knows of the cluster that the address names
 
 /** Fetch from this service with the API key, if there is one. */
 async function call(path, init = {}) {
@@ -70,6 +71,7 @@ function refused(error) {
   if (error.status === 403) {
     Object.assign(chosen, { namespace: "", all: false, cluster: null });
     remember();
+    offer(null);
   }
   const ago = heard ? ` Figures are ${Math.round((Date.now() - heard) / 1000)} s old.` : "";
   const what = error.status ? error.message : "The service does not answer.";
@@ -99,6 +101,7 @@ function draw() {
   drawMap();
   detail();
   flow();
+  if (!offered) offer(state.cluster);
 }
 
 function drawMap() {
@@ -200,11 +203,17 @@ function detail() {
   else panel.gone(chosen.cluster);
 }
 
+/** Let the trial adapt by `cluster`, which is shown; null is none. */
+function offer(cluster) {
+  offered = true;
+  trial.offer(cluster);
+}
+
 async function open(cluster) {
   Object.assign(chosen, { cluster: cluster.id, of: cluster.namespace });
   if (chosen.all) Object.assign(chosen, { all: false, namespace: cluster.namespace });
   remember();
-  trial.offer(cluster);
+  offer(cluster);
   await poll();
   $("detail-title")?.focus();
 }
@@ -213,21 +222,17 @@ function close() {
   const key = `${chosen.of}\n${chosen.cluster}`;
   chosen.cluster = null;
   remember();
-  trial.offer(null);
+  offer(null);
   draw();
   map.focus(key);
 }
 
 async function download(cluster) {
-  try {
-    const query = cluster.namespace ? `?namespace=${encodeURIComponent(cluster.namespace)}` : "";
-    const response = await call(`v1/clusters/${cluster.id}/adapter${query}`);
-    const url = URL.createObjectURL(await response.blob());
-    h("a", { href: url, download: `cluster-${cluster.id}.zip` }).click();
-    setTimeout(() => URL.revokeObjectURL(url), 60000);
-  } catch (error) {
-    trouble(`The adapter could not be downloaded: ${error.message}`);
-  }
+  const query = cluster.namespace ? `?namespace=${encodeURIComponent(cluster.namespace)}` : "";
+  const response = await call(`v1/clusters/${cluster.id}/adapter${query}`);
+  const url = URL.createObjectURL(await response.blob());
+  h("a", { href: url, download: `cluster-${cluster.id}.zip` }).click();
+  setTimeout(() => URL.revokeObjectURL(url), 60000);
 }
 
 /** What is chosen lives in the address, so that it can be shared and gone back to. */
@@ -246,6 +251,8 @@ function recall() {
   chosen.namespace = query.get("namespace") ?? "";
   chosen.of = chosen.namespace;
   chosen.cluster = query.has("cluster") ? Number(query.get("cluster")) : null;
+  offer(null);
+  offered = false; // the next answer says whether there is such a cluster
 }
 
 function theme(name) {
@@ -266,7 +273,6 @@ const panel = new Detail({ close, tryIt: () => { $("try").scrollIntoView({ block
 const trial = new Try(call, () => state);
 
 wait();
-trial.offer(null);
 recall();
 $("theme").value = localStorage.getItem("theme") ?? "";
 theme($("theme").value);
@@ -276,7 +282,7 @@ $("order").addEventListener("change", () => state && list(state, $("order").valu
 $("namespace").addEventListener("change", ({ target }) => {
   Object.assign(chosen, { all: target.value === ALL, namespace: target.value === ALL ? "" : target.value, cluster: null });
   remember();
-  trial.offer(null);
+  offer(null);
   poll();
 });
 $("pause").addEventListener("click", () => {

@@ -101,8 +101,21 @@ export class Detail {
       h("div", { class: "charts" }, chart("tokens", "Answer tokens/s"), chart("latency", "First token"),
         chart("similarity", "Similarity"), chart("size", "Prompts, last hour")),
       h("div", { class: "row" }, h("button", { type: "button", class: "primary", onclick: this.actions.tryIt }, "Try a prompt on it"),
-        h("button", { type: "button", onclick: () => this.actions.download(this.cluster) }, "Download adapter")),
+        h("button", { type: "button", onclick: () => this.download() }, "Download adapter")),
+      h("p", { class: "trouble failed", role: "alert", hidden: true }),
     );
+  }
+
+  /** Say what went wrong until another download begins, or another cluster is shown. */
+  async download() {
+    const failed = this.place.querySelector(".failed");
+    failed.hidden = true;
+    try {
+      await this.actions.download(this.cluster);
+    } catch (error) {
+      text(failed, `The adapter could not be downloaded: ${error.message}`);
+      failed.hidden = false;
+    }
   }
 
   show(cluster, state) {

@@ -11,7 +11,7 @@ import pytest
 import uvicorn
 from browser import CHROMIUM, chromium, watched
 from console_load import opened
-from playwright.async_api import expect
+from playwright.async_api import Page, Route, expect
 
 from cluster_router.access import Access, ApiKey, key_hash
 from cluster_router.console.reports import EngineReport, GeneratorReport, LearnerReport, Place
@@ -161,6 +161,58 @@ async def test_a_key_is_asked_for_kept_in_the_tab_and_forgotten(told: Any) -> No
         await expect(status).to_have_text("No access")
         await expect(door).to_be_visible()
         assert (await page.evaluate(kept))[0] is None
+
+
+async def asked(page: Page) -> list[tuple[str, Any]]:
+    """Run the trial; the namespace and the adaptation of what the page asks for."""
+    bodies: list[dict[str, Any]] = []
+
+    async def answer(route: Route) -> None:
+        bodies.append(route.request.post_data_json)
+        await route.fulfill(body="data: [DONE]\n\n", content_type="text/event-stream")
+
+    await page.route("**/v1/chat/completions", answer)
+    await page.locator("#prompt").fill("SELECT name FROM")
+    await page.locator("#run").click()
+    await expect(page.locator("#run")).to_contain_text("Run")  # "Stop" until both have ended
+    await page.unroute("**/v1/chat/completions")
+    return [(body.get("namespace", ""), body["adaptation"]) for body in bodies]
+
+
+async def test_the_trial_adapts_by_the_cluster_that_the_address_names(told: Any) -> None:
+    async with served(told) as url, watched(f"{url}#namespace=shop&cluster={10**9}") as page:
+        await expect(page.locator("#detail-title")).to_have_text(f"Cluster {10**9}")
+        assert sorted(await asked(page), key=str) == [("shop", "off"), ("shop", 10**9)]
+        await page.get_by_label("Back to all clusters").click()
+        assert sorted(await asked(page), key=str) == [("shop", "auto"), ("shop", "off")]
+        await page.go_back()
+        await expect(page.locator("#detail-title")).to_have_text(f"Cluster {10**9}")
+        assert sorted(await asked(page), key=str) == [("shop", "off"), ("shop", 10**9)]
+
+
+async def test_going_back_from_a_cluster_takes_it_from_the_trial(told: Any) -> None:
+    async with served(told) as url, watched(url) as page:
+        await page.locator("#list button").first.click()
+        await expect(page.locator("#adaptation option")).to_have_count(2)
+        assert sorted(await asked(page), key=str) == [("", "off"), ("", 3)]
+        await page.go_back()
+        await expect(page.locator("#detail")).to_be_hidden()
+        await expect(page.locator("#adaptation option")).to_have_count(1)
+        assert sorted(await asked(page), key=str) == [("", "auto"), ("", "off")]
+
+
+async def test_why_an_adapter_cannot_be_downloaded_stays_to_be_read(told: Any) -> None:
+    async with served(told) as url, watched(f"{url}#cluster=3", expected="503") as page:
+        error = {"error": {"message": "No generator is up."}}
+        await page.route("**/adapter", lambda route: route.fulfill(status=503, json=error))
+        await page.get_by_role("button", name="Download adapter").click()
+        failed = page.locator("#detail .failed")
+        await expect(failed).to_contain_text("could not be downloaded: No generator is up.")
+        for _ in range(2):
+            async with page.expect_response("**/console/state*"):
+                pass
+        await expect(failed).to_be_visible()
+        await expect(page.locator("#status")).to_have_text("Live")
 
 
 async def test_replicas_are_not_shown_to_a_tenant(told: Any) -> None:

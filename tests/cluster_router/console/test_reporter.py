@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import pytest
 
@@ -118,6 +120,21 @@ async def test_tables_go_when_they_are_wanted(stage: Stage) -> None:
     assert [one["name"] for one in stage.state()["namespaces"]] == ["", "shop"]
     points = {(one["x"], one["y"]) for one in stage.state()["clusters"]}
     assert len(points) == 2
+
+
+async def test_clusters_are_named_in_a_thread(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    named_in: list[int] = []
+    table = Assigner.table
+
+    def noted(assigner: Assigner) -> object:
+        named_in.append(threading.get_ident())
+        return table(assigner)
+
+    monkeypatch.setattr(Assigner, "table", noted)
+    await stage.reporter.report()
+    assert len(named_in) == 1 and threading.get_ident() not in named_in
 
 
 async def test_refusals_count_as_errors(stage: Stage) -> None:

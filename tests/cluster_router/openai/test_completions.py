@@ -195,6 +195,20 @@ async def test_the_echo_of_tokens_keeps_characters_that_span_several(
     assert logprobs.text_offset == [0, 1, 1, 1]
 
 
+async def test_the_echo_without_logprobs_keeps_them_too(
+    client: AsyncOpenAI, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    text = "naïve 🙂 日本語"
+    answer = await complete(client, prompt=tokenizer.encode(text), echo=True, max_tokens=1)
+    assert answer.choices[0].text == text + "a"
+
+
+async def test_a_temperature_near_zero_is_greedy(client: AsyncOpenAI, worker: Any) -> None:
+    for temperature in (1e-50, 1e-7, 1e-5):
+        await complete(client, temperature=temperature)
+    assert [request.sampling.temperature for request in worker.requests] == [0, 0, 1e-5]
+
+
 async def test_the_caller_who_leaves_out_echo_may_not_ask_for_no_tokens(
     http: httpx.AsyncClient,
 ) -> None:

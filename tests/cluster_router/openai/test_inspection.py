@@ -1,9 +1,12 @@
+import threading
 from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
 from openai import AsyncOpenAI
+
+from cluster_router.clusters import Assigner
 
 MODEL = "tiny/bytes"
 
@@ -99,6 +102,22 @@ async def test_what_is_learned_from_and_for_whom(http: httpx.AsyncClient, worker
     assert worker.observed == [""] * 3 + ["a"] * 3 + [""] * 3, "once a prompt, not once a choice"
 
 
+@pytest.mark.parametrize("path", ["/v1/clusters", "/v1/clusters/8"])
+async def test_clusters_are_named_in_a_thread(
+    http: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    named_in: list[int] = []
+    infos = Assigner._infos
+
+    def noted(*args: Any) -> Any:
+        named_in.append(threading.get_ident())
+        return infos(*args)
+
+    monkeypatch.setattr(Assigner, "_infos", noted)
+    assert (await http.get(path)).status_code == 200
+    assert len(named_in) == 1 and threading.get_ident() not in named_in
+
+
 @pytest.mark.parametrize("path", ["", "/8", "/8/adapter"])
 async def test_clusters_of_a_namespace(http: httpx.AsyncClient, path: str) -> None:
     answer = await http.get(f"/v1/clusters{path}", params={"namespace": "new"})
@@ -128,6 +147,10 @@ async def test_the_openapi_document_names_fields_and_errors(http: httpx.AsyncCli
         assert {"adaptation", "namespace", "learn", "top_k", "seed"} <= set(
             schemas[name]["properties"]
         )
+    for name in ("CompletionRequest", "ChatRequest", "ChatMessage", "StreamOptions"):
+        for field, one in schemas[name]["properties"].items():
+            # A field without a type of its own takes only what asks for nothing.
+            assert {"type", "anyOf", "enum", "$ref"} & set(one) or one.get("description"), field
     assert schemas["CompletionRequest"]["required"] == ["model", "prompt"]
     for path, methods in document["paths"].items():
         for method in methods.values():

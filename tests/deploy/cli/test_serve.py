@@ -14,11 +14,23 @@ import httpx
 import pytest
 import yaml
 
+from cluster_router.wire.errors import ConfigError
 from deploy.cli.serve import SHIPPED
 from deploy.proxy import CALLBACK, SETTING
-from deploy.serving import Overrides, read_config
+from deploy.serving import Overrides, check_port, read_config
 
 SERVE = [sys.executable, "-c", "from deploy.cli import main; main()", "serve"]
+
+
+def has_ipv6() -> bool:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        return False
+    return True
+
+
+IPV6 = has_ipv6()
 
 
 def free_port() -> int:
@@ -55,6 +67,23 @@ def test_options_replace_the_config() -> None:
     assert found.settings.model == "some-model" and found.settings.bundle is None
     shipped = read_config(SHIPPED, Overrides()).settings
     assert found.settings.engine == shipped.engine, "the rest stays"
+
+
+@pytest.mark.parametrize(
+    ("host", "found"), [("::", "[::1]"), ("::1", "[::1]"), ("fd00::7", "[fd00::7]"), ("h", "h")]
+)
+def test_the_url_is_one_wherever_it_listens(host: str, found: str) -> None:
+    assert read_config(SHIPPED, Overrides(host)).url == f"http://{found}:8000"
+
+
+@pytest.mark.skipif(not IPV6, reason="this machine has no IPv6")
+@pytest.mark.parametrize("host", ["::", "::1"])
+def test_a_port_of_ipv6_is_checked(host: str) -> None:
+    with socket.create_server((host, 0), family=socket.AF_INET6) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match="--port"):
+            check_port(host, port)
+    check_port(host, port)
 
 
 def test_proxies_get_ours_unless_told_otherwise(

@@ -1,0 +1,38 @@
+"""A generator replica in this process: nothing that takes long is done on its event loop."""
+
+from __future__ import annotations
+
+import io
+import threading
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from adapter_gen.bundle import Bundle
+from deploy import generator
+from deploy.config import AppConfig
+from deploy.generator import GeneratorReplica
+
+
+async def test_an_adapter_is_packed_in_a_thread(
+    default_model: Path, bundle_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed_in: list[int] = []
+
+    def noted(files: dict[str, bytes]) -> bytes:
+        packed_in.append(threading.get_ident())
+        return zip_files(files)
+
+    zip_files = generator.zip_files
+    monkeypatch.setattr(generator, "zip_files", noted)
+    replica = GeneratorReplica(AppConfig())
+    try:
+        bundle = Bundle.load(bundle_path, None)
+        key, conditioning = bundle.key(bundle.snapshot, 0), bundle.snapshot.conditioning_of(0)
+        archive = await replica.export(key, conditioning, "linears")
+    finally:
+        for task in replica._tasks:
+            task.cancel()
+    assert "adapter_config.json" in zipfile.ZipFile(io.BytesIO(archive)).namelist()
+    assert len(packed_in) == 1 and threading.get_ident() not in packed_in
