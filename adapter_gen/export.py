@@ -154,12 +154,15 @@ def head_shift(
 
 
 def zip_files(files: Mapping[str, bytes]) -> bytes:
-    """The files as one zip archive; equal files give equal bytes."""
+    """The files as one zip archive; equal files give equal bytes.
+
+    Stored as they are: random-looking numbers shrink by a fifth, which takes seconds of a core.
+    """
     buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+    with zipfile.ZipFile(buffer, "w") as archive:
         for name, data in files.items():
             # A ZipInfo carries a fixed date, where a bare name would carry today's.
-            archive.writestr(zipfile.ZipInfo(name), data, zipfile.ZIP_DEFLATED)
+            archive.writestr(zipfile.ZipInfo(name), data)
     return buffer.getvalue()
 
 

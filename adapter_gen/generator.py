@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import hashlib
 import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from opentelemetry import trace
 
@@ -17,12 +19,13 @@ from adapter_gen.bundle import Bundle
 from adapter_gen.cache import DeltaCache
 from adapter_gen.codec import decode_delta
 from adapter_gen.update import LoraDelta
-from cluster_router.wire.errors import ChameleonError, ConfigError, DeltaError
+from cluster_router.wire.errors import BundleError, ConfigError, DeltaError
 from cluster_router.wire.types import AdapterKey, Conditioning
 
 LoadRefined = Callable[[str], bytes | None]
 """Reads the refined update with a content id, as `codec.encode_delta` wrote it; None where it is
-gone."""
+gone. BundleError where it is damaged; one caused by an OSError, or any other error, where it cannot
+be read now."""
 
 logger = logging.getLogger(__name__)
 tracer = trace.get_tracer("chameleon.generator")
@@ -86,6 +89,8 @@ class AdapterGenerator:
         self._in_flight: dict[AdapterKey, asyncio.Task[LoraDelta]] = {}
         # One thread: torch spreads one generation over the cores, two would only contend.
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="adapter-generator")
+        # And one that waits for the storage: where that hangs, clusters never refined need not.
+        self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="refined-reader")
         self._hits = self._misses = self._generated = self._failed = 0
         self._seconds = 0.0
 
@@ -104,6 +109,7 @@ class AdapterGenerator:
         Raises:
             DeltaError: the key belongs to another base or hypernetwork, the conditioning is
                 missing, misshapen or not finite, or the generated update is not finite.
+            Exception: it was refined and cannot be read now; whatever the storage raises.
         """
         self._check_key(key)
         cached = self._cache.get(key)
@@ -117,26 +123,16 @@ class AdapterGenerator:
             self._in_flight[key] = task
         return await asyncio.shield(task)
 
-    @torch.inference_mode()
     def generate(self, key: AdapterKey, conditioning: Conditioning | None) -> LoraDelta:
         """Generate one update here and now, past the cache. Raises as `get` does.
 
-        One that has been refined is read instead. If that cannot be done, the cluster's requests
-        run under what the hypernetwork makes of it until it is refined again.
+        One that has been refined is read instead. Where that is gone or damaged, the cluster's
+        requests run under what the hypernetwork makes of it until it is refined again; this has a
+        key of its own, since equal keys mean equal weights.
         """
         self._check_key(key)
-        spec = self.bundle.spec
-        if key.cluster is None:
-            return LoraDelta.static(key, spec)
-        if key.refinement and (found := self._load_refined(key)) is not None:
-            return found
-        if conditioning is None:
-            raise DeltaError(f"the update of cluster {key.cluster} needs its conditioning")
-        vector = torch.tensor(conditioning.vector, dtype=torch.float32)[None]
-        support = torch.tensor([conditioning.support], dtype=torch.float32)
-        self._hypernetwork.check(vector, support)
-        generated = self._hypernetwork(vector.to(self._device), support.to(self._device))
-        return generated.delta(0, key, spec)
+        found = self._load_refined(key) if key.refinement else None
+        return self._generate(key, conditioning) if found is None else found
 
     def stats(self) -> GeneratorStats:
         """Counters and sizes at this moment."""
@@ -153,18 +149,19 @@ class AdapterGenerator:
         )
 
     def close(self) -> None:
-        """Let a running generation end and stop the thread."""
+        """Let a running generation end and stop the threads."""
         self._thread.shutdown(cancel_futures=True)
+        self._reader.shutdown(cancel_futures=True)
 
     async def _generate_and_keep(
         self, key: AdapterKey, conditioning: Conditioning | None
     ) -> LoraDelta:
         started = time.perf_counter()
-        loop = asyncio.get_running_loop()
         try:
             with tracer.start_as_current_span("chameleon.generate_update"):
-                delta = await loop.run_in_executor(self._thread, self.generate, key, conditioning)
-            self._cache[key] = delta
+                delta = await self._generate_in_thread(key, conditioning)
+            if delta.key == key:  # else it stands in: the refined one may be there again
+                self._cache[key] = delta
         except Exception:
             self._failed += 1
             raise
@@ -174,12 +171,39 @@ class AdapterGenerator:
         self._seconds += time.perf_counter() - started
         return delta
 
+    async def _generate_in_thread(
+        self, key: AdapterKey, conditioning: Conditioning | None
+    ) -> LoraDelta:
+        """As `generate`, for a key that is checked."""
+        loop = asyncio.get_running_loop()
+        if key.refinement:
+            found = await loop.run_in_executor(self._reader, self._load_refined, key)
+            if found is not None:
+                return found
+        return await loop.run_in_executor(self._thread, self._generate, key, conditioning)
+
+    @torch.inference_mode()
+    def _generate(self, key: AdapterKey, conditioning: Conditioning | None) -> LoraDelta:
+        spec = self.bundle.spec
+        if key.cluster is None:
+            return LoraDelta.static(key, spec)
+        if conditioning is None:
+            raise DeltaError(f"the update of cluster {key.cluster} needs its conditioning")
+        vector = torch.tensor(conditioning.vector, dtype=torch.float32)[None]
+        support = torch.tensor([conditioning.support], dtype=torch.float32)
+        self._hypernetwork.check(vector, support)
+        generated = self._hypernetwork(vector.to(self._device), support.to(self._device))
+        return generated.delta(0, _unrefined(key, conditioning), spec)
+
     def _load_refined(self, key: AdapterKey) -> LoraDelta | None:
+        """None where it is gone or damaged."""
         try:
             data = None if self._refined is None else self._refined(key.refinement)
             if data is not None:
                 return decode_delta(data, key, self.bundle.spec)
-        except ChameleonError as error:
+        except BundleError as error:
+            if isinstance(error.__cause__, OSError):
+                raise
             logger.error("cluster %s is not served refined: %s", key.cluster, error)
         else:
             logger.warning("refinement %s of cluster %s is gone", key.refinement, key.cluster)
@@ -196,3 +220,11 @@ class AdapterGenerator:
                 f"update {key.id} is of hypernetwork {key.hypernetwork}, "
                 f"this generator serves {self.bundle.hypernetwork_id}; load the same bundle"
             )
+
+
+def _unrefined(key: AdapterKey, conditioning: Conditioning) -> AdapterKey:
+    """Names what is generated for `key`: the key itself, unless that is of a refined update."""
+    if not key.refinement:
+        return key
+    seen = np.append(conditioning.vector, conditioning.support).astype(np.float32).tobytes()
+    return replace(key, refinement=f"instead-{hashlib.sha256(seen).hexdigest()[:16]}")

@@ -139,8 +139,8 @@ class ClusterRefinery:
         """
         kept = self._clusters[place]
         prompts = [*self._borrowed(place), *kept.prompts]
+        kept.learned, kept.fresh = kept.learned + kept.fresh, 0  # also where the rest fails
         start = kept.refined or Generated.of(self._generate(kept.key, kept.conditioning))
-        kept.learned, kept.fresh = kept.learned + kept.fresh, 0
         refined = self._refiner.refine(prompts, start)
         if refined.scale == 0:
             return None

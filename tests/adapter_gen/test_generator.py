@@ -3,6 +3,7 @@ import logging
 import threading
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +17,8 @@ from adapter_gen.codec import encode_delta
 from adapter_gen.generator import AdapterGenerator
 from adapter_gen.hypernetwork import CoreConfig, CoreHypernetwork, Generated
 from adapter_gen.update import Depth, LoraDelta
-from cluster_router.wire.errors import ConfigError, DeltaError
+from cluster_router.refinements import RefinementStore
+from cluster_router.wire.errors import BundleError, ConfigError, DeltaError, SetupError
 from cluster_router.wire.types import AdapterKey, Conditioning
 
 MakeBundle = Callable[..., Bundle]
@@ -294,4 +296,80 @@ def test_a_refined_update_is_read_and_what_the_generator_makes_stands_in_for_it(
     kept.clear()
     assert np.array_equal(generator.generate(refined, conditioning).cores, generated.cores)
     made.close()
+    generator.close()
+
+
+async def test_what_stands_in_for_a_refined_update_is_never_taken_for_it(
+    make_bundle: MakeBundle,
+) -> None:
+    kept: dict[str, bytes] = {}
+    generator = AdapterGenerator(make_bundle("full"), refined=kept.get)
+    key, conditioning = ask(generator, 2)
+    generated = await generator.get(key, conditioning)
+    assert generated.cores is not None
+    refined = replace(key, version=0, refinement="cafe")
+    stand_in = await generator.get(refined, conditioning)
+    assert np.array_equal(stand_in.cores, generated.cores)
+    again = generator.generate(refined, conditioning)
+    elsewhere = await generator.get(refined, generator.bundle.snapshot.conditioning_of(1))
+    assert again.key == stand_in.key, "equal weights"
+    assert len({one.key.id for one in (generated, stand_in, elsewhere)} | {refined.id}) == 4
+    kept["cafe"] = encode_delta(replace(generated, cores=generated.cores + 1))
+    found = await generator.get(refined, conditioning)
+    assert found.key == refined
+    assert np.array_equal(found.cores, generated.cores + 1), "it is there again"
+    generator.close()
+
+
+async def test_a_refined_update_that_cannot_be_read_now_is_asked_for_again(
+    make_bundle: MakeBundle, tmp_path: Path
+) -> None:
+    folder = tmp_path / "refined"
+    store = RefinementStore(str(folder))
+    generator = AdapterGenerator(make_bundle("full"), refined=store.load)
+    key, conditioning = ask(generator, 2)
+    data = encode_delta(await generator.get(key, conditioning))
+    store.save(("tenant", 2), data)
+    [refinement] = store.newest().values()
+    refined = replace(key, version=0, refinement=refinement.id)
+
+    away = folder.rename(tmp_path / "away")
+    folder.symlink_to(folder)  # a folder that cannot be listed
+    for _ in range(2):
+        with pytest.raises(SetupError, match="cannot list"):
+            await generator.get(refined, conditioning)
+    folder.unlink()
+    away.rename(folder)
+    [file] = folder.iterdir()
+    file.unlink()
+    file.mkdir()  # a file that cannot be read
+    with pytest.raises(BundleError, match="cannot read"):
+        await generator.get(refined, conditioning)
+    file.rmdir()
+    file.write_bytes(data[:-1])  # and one that is damaged for good
+    assert (await generator.get(refined, conditioning)).key != refined
+    file.write_bytes(data)
+    assert (await generator.get(refined, conditioning)).key == refined
+    assert generator.stats().failed == 3
+    generator.close()
+
+
+async def test_a_storage_that_hangs_holds_up_refined_updates_only(make_bundle: MakeBundle) -> None:
+    asked, answers = threading.Event(), threading.Event()
+
+    def hang(_: str) -> bytes | None:
+        asked.set()
+        assert answers.wait(10)
+        return None
+
+    generator = AdapterGenerator(make_bundle("full"), refined=hang)
+    key, conditioning = ask(generator, 2)
+    refined = replace(key, version=0, refinement="cafe")
+    waiter = asyncio.create_task(generator.get(refined, conditioning))
+    assert await asyncio.to_thread(asked.wait, 10)
+    async with asyncio.timeout(5):
+        await generator.get(key, conditioning)
+    assert not waiter.done()
+    answers.set()
+    await waiter
     generator.close()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
 from adapter_gen.hypernetwork import Generated
 from adapter_gen.refine import Refined
 from adapter_gen.refinery import ClusterRefinery, Offered, RefineryConfig
 from adapter_gen.update import LoraDelta
+from cluster_router.wire.errors import SetupError
 from cluster_router.wire.types import AdapterKey, Conditioning
 
 CONFIG = RefineryConfig(buffer=24, every=8, prompt_tokens=16, max_clusters=3)
@@ -84,6 +86,22 @@ def test_nothing_is_published_where_nothing_was_gained() -> None:
         kept.offer(offered(1, count))
     assert kept.refine(OWN) is None
     assert kept.due() is None, "it is not tried again on the same prompts"
+
+
+def test_where_the_update_to_start_from_cannot_be_had_it_is_tried_with_the_next_prompts() -> None:
+    def fail(key: AdapterKey, conditioning: Conditioning) -> LoraDelta:
+        raise SetupError("cannot list the folder")
+
+    recorder = Recorder()
+    kept = ClusterRefinery(recorder, fail, CONFIG)  # type: ignore[arg-type]
+    for count in range(8):
+        kept.offer(offered(1, count))
+    with pytest.raises(SetupError):
+        kept.refine(OWN)
+    assert kept.due() is None
+    for count in range(8):
+        kept.offer(offered(1, count))
+    assert kept.due() == OWN
 
 
 def test_a_small_cluster_borrows_the_prompts_most_like_it() -> None:
