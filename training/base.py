@@ -59,9 +59,12 @@ class FrozenBase:
 
     @cached_property
     def embedding(self) -> torch.Tensor:
-        """[vocabulary, d] in the model's dtype, the input embedding."""
+        """[vocabulary, d] in the model's dtype, the input embedding; on the CPU on any device.
+
+        Prompts are embedded and token weights computed there, with the arithmetic of a router.
+        """
         weight: torch.Tensor = self.model.get_input_embeddings().weight  # type: ignore[operator]
-        return weight.detach()
+        return weight.detach().cpu()
 
     def spec(self, depth: Depth, rank: int) -> UpdateSpec:
         """Shape of an update of this model."""

@@ -33,7 +33,9 @@ Licences = Annotated[Path | None, typer.Option(help=_LICENCES_HELP)]
 
 
 # Bundles that `evaluate` compares with.
-_PAPER_HELP = "A bundle of the paper's form, to compare with."
+_PAPER_HELP = (
+    "A bundle of depth `paper` of the same base model, to compare with; no command trains one."
+)
 _BUDGET_HELP = "A bundle trained on the same tokens, whose static update has the whole budget."
 _HOLDOUT_HELP = "An evaluated bundle of the same recipe with domains held out."
 PaperBundle = Annotated[Path | None, typer.Option(help=_PAPER_HELP)]
@@ -52,7 +54,11 @@ def train(
     data: Data,
     out: Annotated[Path, typer.Option(help="Folder to write.")] = Path("bundle"),
     holdout: Annotated[
-        str | None, typer.Option(help="Domains to hold out, separated by commas.")
+        str | None,
+        typer.Option(
+            help="Domains to hold out, separated by commas, in place of the config's; '' holds out "
+            "none."
+        ),
     ] = None,
     licences: Licences = None,
     seed: Annotated[int | None, typer.Option(help="Replaces the seed of the config.")] = None,

@@ -32,15 +32,15 @@ def idf_weights(windows: Sequence[Window], embedding: torch.Tensor) -> FloatArra
     """
     frequency = np.zeros(len(embedding), np.int64)
     for window in windows:
-        frequency[np.unique(window.context_tokens)] += 1
+        frequency[np.unique(window.content_tokens)] += 1
     idf = np.log((len(windows) + 1) / np.maximum(frequency, 1))
     weights = idf / embedding.float().norm(dim=1).clamp_min(1e-6).numpy()
     return np.asarray(weights / weights.max(), np.float32)
 
 
 def embed_contexts(windows: Sequence[Window], embedder: TokenEmbedder) -> FloatArray:
-    """Embeddings float32 [N, d] of the context tokens alone."""
-    return np.stack([embedder.embed(window.context_tokens.tolist()) for window in windows])
+    """Embeddings float32 [N, d] of the content tokens alone."""
+    return np.stack([embedder.embed(window.content_tokens.tolist()) for window in windows])
 
 
 def nearest(embeddings: FloatArray, centroids: FloatArray) -> tuple[FloatArray, IntArray]:

@@ -38,14 +38,16 @@ def train_bundle(
         overrides["seed"] = seed
     if workers is not None:
         overrides["workers"] = _workers(workers)
-    if holdout:
-        overrides["data.holdout"] = holdout.split(",")
+    held_out = None if holdout is None else [name for name in holdout.split(",") if name]
+    if held_out is not None:
+        overrides["data.holdout"] = held_out
     job = TrainJob(
         load_settings(config, **overrides),
         location(data),
         features(cache),
         "chameleon train",
         load_licences(licences),
+        tuple(held_out or ()),
     )
     partial = PartialRun.open(out, job.as_json(), resume)
     _run(job, partial.folder).save(out)

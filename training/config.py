@@ -35,7 +35,8 @@ class DataSettings(_Settings):
             them, keep them, or drop them where the data has no splits of its own (`auto`).
         exclude: domains that are never trained on, whatever else is asked for (their licence
             forbids it), as shell-style patterns. Evaluated as unseen.
-        holdout: domains, as patterns, kept apart to measure unseen ones.
+        holdout: domains, as patterns, kept apart to measure unseen ones. Which of them the data
+            lacks is logged.
         context_tokens: beginning of a document that chooses its cluster; at most half of it.
         scored_tokens: most tokens after the context that are learned from, or scored.
         windows_per_document: most that a long training document gives; validation and test use

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ from training.data import (
 )
 from training.features import FeatureCache, Features
 
+_logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Domains:
@@ -31,20 +34,34 @@ class Domains:
     held_out: tuple[str, ...]
 
     @classmethod
-    def of(cls, reader: Reader, settings: DataSettings) -> Domains:
+    def of(cls, reader: Reader, settings: DataSettings, asked_for: Sequence[str] = ()) -> Domains:
         """Sort the reader's domains.
 
+        Args:
+            reader: of the data.
+            settings: which are excluded or held out. A recipe's held-out pattern that matches none
+                is logged, for the recipe may have been written for other data.
+            asked_for: patterns held out for this very data. One that matches none is refused: a
+                slip of the pen would train on what was to be kept apart.
+
         Raises:
-            ConfigError: no domain is left, or a held-out name is not there.
+            ConfigError: no domain is left, or a domain asked for is not there.
         """
         names = reader.domains()
-        for pattern in settings.holdout:
-            if not select(names, [pattern]):
+        missing = [pattern for pattern in settings.holdout if not select(names, [pattern])]
+        for pattern in missing:
+            if pattern in asked_for:
                 raise ConfigError(
                     f"no domain of the data matches the held-out {pattern!r}; "
                     f"there are {', '.join(names)}",
                     "data.holdout",
                 )
+        if missing:
+            _logger.warning(
+                "no domain of the data matches data.holdout %s of the config; there are %s",
+                ", ".join(repr(pattern) for pattern in missing),
+                ", ".join(names),
+            )
         excluded = select(names, settings.exclude)
         held_out = [name for name in select(names, settings.holdout) if name not in excluded]
         seen = tuple(name for name in names if name not in {*excluded, *held_out})
@@ -68,7 +85,12 @@ class Corpus:
 
     @classmethod
     def open(
-        cls, data: str | Path, settings: DataSettings, base: FrozenBase, cache: Path
+        cls,
+        data: str | Path,
+        settings: DataSettings,
+        base: FrozenBase,
+        cache: Path,
+        asked_for: Sequence[str] = (),
     ) -> Corpus:
         """Open the data that `--data` names for a base model.
 
@@ -77,6 +99,7 @@ class Corpus:
             settings: which domains and how many documents, and how they are cut.
             base: tokenises the text and computes the features.
             cache: folder of computed features and inventories.
+            asked_for: see `Domains.of`.
 
         Raises:
             ConfigError: there is no data, nothing to train on, or windows exceed the base model's
@@ -84,20 +107,20 @@ class Corpus:
             SetupError: a library is missing, a dataset cannot be fetched, `cache` cannot be
                 written.
         """
-        size = settings.context_tokens + settings.scored_tokens
+        cutter = WindowCutter(base.tokenizer, settings.context_tokens, settings.scored_tokens)
         longest = describe_model(base.path, base.path.name).context_length
-        if size > longest:
+        if cutter.longest > longest:
             raise ConfigError(
-                f"windows of {size} tokens do not fit in the base model's context of {longest}; "
-                "lower data.context_tokens or data.scored_tokens",
+                f"windows of {cutter.longest} tokens do not fit in the base model's context of "
+                f"{longest}; lower data.context_tokens or data.scored_tokens",
                 "data.scored_tokens",
             )
         reader = open_reader(data, settings, cache)
         return cls(
             reader=reader,
             settings=settings,
-            domains=Domains.of(reader, settings),
-            cutter=WindowCutter(base.tokenizer, settings.context_tokens, settings.scored_tokens),
+            domains=Domains.of(reader, settings, asked_for),
+            cutter=cutter,
             cache=FeatureCache(cache, base.fingerprint, base.encode),
         )
 

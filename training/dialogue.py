@@ -49,7 +49,7 @@ class DialogueCutter:
         return rewritten
 
     def _dialogue(self, window: Window, separator: str) -> Window | None:
-        text = self.tokenizer.decode(window.tokens.tolist())
+        text = self.tokenizer.decode(window.tokens[window.lead :].tolist())
         question, _, answer = text.partition(separator)
         if not question.strip() or not answer.strip():
             return None

@@ -134,7 +134,8 @@ class WindowBatches:
         return [batches[i] for i in random.permutation(len(batches))]
 
     def _places(self, window: Window, random: np.random.Generator) -> Tensor:
-        chosen = random.permutation(len(window.tokens) - 1)[: self._positions] + 1
+        first = max(1, window.lead)
+        chosen = random.permutation(len(window.tokens) - first)[: self._positions] + first
         return torch.from_numpy(np.sort(chosen))
 
     def _batch(self, indices: Sequence[int], places: Sequence[Tensor]) -> ScoredTokens:

@@ -30,6 +30,8 @@ class TrainJob:
         cache: folder of computed features.
         created_by: the command, for the record.
         licences: of domains, as far as they are known; for the record, too.
+        held_out: those of the held-out patterns that were asked for by name rather than by a
+            recipe; see `Domains.of`.
     """
 
     settings: TrainSettings
@@ -37,6 +39,7 @@ class TrainJob:
     cache: Path
     created_by: str
     licences: Mapping[str, Licence] = field(default_factory=dict)
+    held_out: tuple[str, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
         """What is run, for an interrupted run to be recognised by."""
@@ -89,7 +92,8 @@ class TrainJob:
 
     def _text(self, device: str) -> TrainingText:
         base = FrozenBase.resolve(self.settings.model, device)
-        return TrainingText(base, Corpus.open(self.data, self.settings.data, base, self.cache))
+        corpus = Corpus.open(self.data, self.settings.data, base, self.cache, self.held_out)
+        return TrainingText(base, corpus)
 
 
 @dataclass(frozen=True)

@@ -107,4 +107,4 @@ class Prototypes:
         members = np.flatnonzero(rows == cluster)
         random = np.random.default_rng([self._settings.seed, cluster])
         chosen = random.permutation(members)[: settings.documents]
-        return [windows[i].tokens[: settings.tokens] for i in chosen]
+        return [windows[i].tokens[: windows[i].lead + settings.tokens] for i in chosen]

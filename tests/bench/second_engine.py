@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,16 @@ def assignments(bundle: Bundle, clusters: int) -> list[Assignment]:
     ]
 
 
+def prompts(
+    texts: Sequence[tuple[int, ...]], count: int, fresh: Iterator[int]
+) -> list[tuple[int, ...]]:
+    """The beginnings of `texts` in turn, each after the next of `fresh`.
+
+    A token in front that no prompt of the engine has had keeps the prefix cache out of it.
+    """
+    return [(next(fresh), *texts[number % len(texts)])[:64] for number in range(count)]
+
+
 async def run(worker: LMWorker, requests: list[TokenizedRequest], at_once: int) -> float:
     """Output tokens a second."""
     waiting, begun = iter(requests), time.perf_counter()
@@ -76,19 +87,16 @@ async def measure(args: argparse.Namespace) -> dict[str, Any]:
     worker = LMWorker(engine, AdapterGenerator(bundle), bundle.spec, patience_s=60)
     found: dict[str, Any] = {"start_s": time.perf_counter() - begun, "tokens_per_s": {}}
     sampling = SamplingParams(temperature=0, max_tokens=args.output, ignore_eos=True)
+    fresh = itertools.count(100)
     for clusters in CLUSTERS:
         assigned = assignments(bundle, clusters)
         rates = []
         for repeat in range(args.repeats + 1):  # the first is a warm-up
-            # A token of its own in front keeps the prefix cache out of it.
             requests = [
                 TokenizedRequest(
-                    f"{repeat}-{number}",
-                    (100 + repeat * args.requests + number, *texts[number % len(texts)])[:64],
-                    sampling,
-                    assigned[number % len(assigned)],
+                    f"{repeat}-{number}", prompt, sampling, assigned[number % len(assigned)]
                 )
-                for number in range(args.requests)
+                for number, prompt in enumerate(prompts(texts, args.requests, fresh))
             ]
             rates.append(await run(worker, requests, args.at_once))
         found["tokens_per_s"][clusters] = rates[1:]

@@ -34,7 +34,7 @@ from serving_bench.workload import Workload, make_workload
 from lm_workers.device import pick_device
 from lm_workers.models import DEFAULT_MODEL, load_tokenizer, resolve_dtype, resolve_model
 
-WARM_UP = -1  # its prompts come in no measured run
+WARM_UP = -1  # the repeat of what comes in no measured run
 QUICK = {"requests": 16, "output_tokens": 16, "repeats": 1, "clusters": [4], "concurrency": [8]}
 
 

@@ -211,6 +211,11 @@ def reaction(warm: Replay, domains: NDArray[np.str_], plan: Plan, every: int) ->
     }
 
 
+def figure(value: float | None) -> str:
+    """For a table; what never came about is a dash."""
+    return "-" if value is None else f"{value:.3g}"
+
+
 def summary(runs: list[dict[str, Any]]) -> list[str]:
     """Each aim's figure in every run."""
 
@@ -228,7 +233,7 @@ def summary(runs: list[dict[str, Any]]) -> list[str]:
     heads = [f"{r['plan']['novel_domain']}, seed {r['plan']['seed']}" for r in runs]
     return [
         f"| | {' | '.join(heads)} |\n| --- |{' --- |' * len(runs)}",
-        *(f"| {name} | {' | '.join(f'{v:.3g}' for v in row)} |" for name, row in rows.items()),
+        *(f"| {name} | {' | '.join(map(figure, row))} |" for name, row in rows.items()),
     ]
 
 

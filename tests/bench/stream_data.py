@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from platformdirs import user_cache_path
 
 from cluster_router.embedding import TokenEmbedder
 from lm_workers.models import DEFAULT_MODEL, load_embedding, load_tokenizer, resolve_model
+from lm_workers.models.source import default_cache
 from training.clusters import embed_contexts, idf_weights
 from training.config import DataSettings
 from training.data import SPLITS, WindowCutter, open_reader, read_documents
@@ -40,7 +40,7 @@ def load_documents(folder: Path, weights: str) -> Documents:
     """
     stamp = hashlib.sha256((folder / "MANIFEST.json").read_bytes()).hexdigest()[:12]
     name = f"stream-{weights}-{CONTEXT}-{STREAM_DOCUMENTS}-{stamp}-v{FORMAT}.npz"
-    path = user_cache_path("chameleon-llm") / "bench" / name
+    path = default_cache() / "bench" / name
     if not path.exists():
         documents = _embed(folder, weights)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -54,7 +54,7 @@ def _embed(folder: Path, weights: str) -> Documents:
     # Twice the context, since a document gives half of its tokens where it is short.
     cutter = WindowCutter(load_tokenizer(model), CONTEXT, CONTEXT)
     windows, domains, streamed = [], [], []
-    reader = open_reader(folder, DataSettings(), user_cache_path("chameleon-llm") / "bench")
+    reader = open_reader(folder, DataSettings(), default_cache() / "bench")
     for domain in reader.domains():
         documents = [d for s in SPLITS for d in read_documents(reader, domain, s, 10**6)]
         for place, document in enumerate(documents[: START_DOCUMENTS + STREAM_DOCUMENTS]):

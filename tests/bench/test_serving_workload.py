@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
+from serving import WARM_UP
 from serving_bench.clients import Arrival, drive
 from serving_bench.workload import (
     Request,
@@ -44,22 +45,35 @@ def test_more_clusters_than_requests_are_refused() -> None:
 
 
 def test_prompts_are_windows_of_the_text() -> None:
-    prompts = cut_prompts(TEXT, 500, 64, seed=0)
+    prompts = cut_prompts(TEXT, 500, 64, lengths=0, places="0")
     lengths = [len(prompt) for prompt in prompts]
     assert (min(lengths), max(lengths)) == (48, 80)
     assert sum(lengths) / 500 == pytest.approx(64, abs=1)
     assert all(prompt == list(range(prompt[0], prompt[-1] + 1)) for prompt in prompts)
     with pytest.raises(ValueError, match="too short"):
-        cut_prompts(TEXT[:600], 1, 64, seed=0)
+        cut_prompts(TEXT[:600], 1, 64, lengths=0, places="0")
 
 
-def test_repeats_have_prompts_of_their_own_and_engines_the_same() -> None:
-    adapted, base = make_workload(TEXT, 16, 8, repeat=1), make_workload(TEXT, None, 8, repeat=1)
-    assert [r.prompt for r in adapted.requests] == [r.prompt for r in base.requests]
-    assert {r.cluster for r in base.requests} == {None}
-    other = make_workload(TEXT, 16, 8, repeat=2)
-    starts = {tuple(r.prompt[:16]) for r in adapted.requests}
-    assert len(starts & {tuple(r.prompt[:16]) for r in other.requests}) <= 2
+def test_engines_get_the_same_and_one_process_meets_no_prompt_twice() -> None:
+    text = list(range(1_000_000))
+    assert make_workload(text, 16, 8, repeat=1) == make_workload(text, 16, 8, repeat=1)
+    cells = [
+        make_workload(text, clusters, concurrency, repeat)
+        for clusters in (None, 1, 16)
+        for concurrency in (8, 16)
+        for repeat in (WARM_UP, 0, 1, 2)
+    ]
+    starts = [request.prompt[0] for cell in cells for request in cell.requests]
+    assert len(starts) - len(set(starts)) <= 5, "of 1536 places drawn from a million"
+    assert {request.cluster for request in cells[0].requests} == {None}
+
+
+def test_what_is_compared_has_prompts_of_the_same_lengths() -> None:
+    def lengths(clusters: int | None, repeat: int) -> list[int]:
+        return [len(r.prompt) for r in make_workload(TEXT, clusters, 8, repeat).requests]
+
+    assert lengths(None, 1) == lengths(16, 1) != lengths(16, 2)
+    assert lengths(80, 1)[:64] == lengths(1, 1)
 
 
 def test_a_workload_survives_its_way_to_the_engine() -> None:

@@ -37,7 +37,16 @@ def test_a_choice_of_domains_that_cannot_be_is_refused(
     reader: Reader, settings: DataSettings, message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
-        Domains.of(reader, settings)
+        Domains.of(reader, settings, asked_for=settings.holdout)
+
+
+def test_a_recipe_may_hold_out_what_other_data_lacks_and_it_is_said(
+    reader: Reader, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = DataSettings(holdout=("sec*", "poems", "prose"))
+    assert Domains.of(reader, settings).held_out == ("secret",)
+    (warning,) = caplog.messages
+    assert "matches data.holdout 'poems', 'prose' of the config" in warning
 
 
 def test_windows_longer_than_the_model_takes_are_refused(

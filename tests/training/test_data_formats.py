@@ -96,6 +96,21 @@ def test_formats_and_ready_splits_can_be_mixed(tmp_path: Path) -> None:
     assert sum(reader.count("tales", split) for split in SPLITS) == 30
 
 
+def test_splits_are_told_by_the_names_of_files_in_a_folder_too(tmp_path: Path) -> None:
+    folder = tmp_path / "tales"
+    folder.mkdir()
+    _jsonl(folder, ROWS[:20], "train.jsonl")
+    _jsonl(folder, ROWS[20:24], "valid.jsonl")
+    _jsonl(folder, ROWS[24:27], "1.test.jsonl")
+    content = "".join(json.dumps(row) + "\n" for row in ROWS[27:30])
+    (folder / "test.jsonl.gz").write_bytes(gzip.compress(content.encode()))
+    reader = open_reader(tmp_path, KEEP, tmp_path / ".cache")
+    assert reader.domains() == ["tales"]
+    texts = {split: {d.text for d in found} for split, found in _documents(reader).items()}
+    expected = {"train": ROWS[:20], "validation": ROWS[20:24], "test": ROWS[24:30]}
+    assert texts == {split: {row["text"] for row in rows} for split, rows in expected.items()}
+
+
 def test_the_running_text_of_the_evaluation_is_no_domain(tmp_path: Path) -> None:
     _jsonl(tmp_path, ROWS)
     (tmp_path / "wikitext-2").mkdir()

@@ -58,6 +58,18 @@ def test_a_group_lies_in_one_split_even_over_domains(tmp_path: Path) -> None:
     assert set().union(*homes.values()) == set(SPLITS)
 
 
+def test_a_group_may_be_the_number_nought(tmp_path: Path) -> None:
+    rows = [{"text": f"text {n}", "source": n % 2} for n in range(60)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    reader = open_reader(tmp_path, KEEP, tmp_path / ".cache")
+    homes: dict[str, set[str]] = {}
+    for split in SPLITS:
+        for document in reader.documents("a", split):
+            homes.setdefault(document.group, set()).add(split)
+    assert sorted(homes) == ["0", "1"]
+    assert all(len(splits) == 1 for splits in homes.values())
+
+
 def test_adding_documents_moves_none_of_the_others(tmp_path: Path) -> None:
     texts = [f"text {number}" for number in range(200)]
     _write(tmp_path / "a.jsonl", texts[:100])

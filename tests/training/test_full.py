@@ -77,6 +77,19 @@ def test_each_part_lowers_the_loss_of_held_out_documents(
     assert any(entry["scale"] > 0 for entry in artefact.record["prototypes"])
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_it_trains_with_the_model_on_a_gpu(full: TrainSettings, data: Path, tmp_path: Path) -> None:
+    assert full.clusters.token_weights == "idf"
+    few = full.model_copy(update={"static": full.static.model_copy(update={"steps": 5})})
+    runtime = InProcess()
+    assert runtime.device.type == "cuda"
+    artefact = TrainJob(few, data, tmp_path / "cache", "a test").run(runtime)
+    assert artefact.bundle.token_weights is not None
+    assert all(u.device.type == "cpu" for u in artefact.bundle.bases.u)
+    assert FrozenBase.resolve(full.model, "cuda").embedding.device.type == "cpu"
+
+
 def test_with_no_strengths_every_cluster_gets_the_static_update(
     full: TrainSettings, trained: tuple[Path, Path], data: Path
 ) -> None:

@@ -185,6 +185,24 @@ def test_the_command_line_trains_and_measures(
     assert Artefact.load(Path(out), None).bundle.seed == 3
 
 
+def test_domains_held_out_on_the_command_line_replace_the_configs_and_have_to_be_there(
+    arguments: list[str], settings: TrainSettings, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    recipe = settings.model_dump(mode="json")
+    recipe["data"]["holdout"] = ["numbers", "poems"]
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(recipe))
+    kept: dict[str | None, list[str]] = {None: ["animals"], "": ["animals", "numbers"]}
+    for given, domains in kept.items():
+        out = tmp_path / f"out{len(domains)}"
+        chosen = [] if given is None else ["--holdout", given]
+        assert main(["train", *arguments, "--out", str(out), *chosen]) == 0
+        assert sorted(Artefact.load(out, None).record["domains"]) == domains
+    capsys.readouterr()
+    command = ["train", *arguments, "--out", str(tmp_path / "typo"), "--holdout", "numbres"]
+    assert main(command) == 2
+    assert "no domain of the data matches the held-out 'numbres'" in capsys.readouterr().err
+
+
 def test_an_existing_folder_is_refused_before_any_work(
     arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:

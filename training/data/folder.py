@@ -14,6 +14,12 @@ from training.data.tables import Columns, JsonLines, Parquet, Table, TextFolder
 
 REGRESSION_FOLDER = "wikitext-2"
 """A subfolder of running text that only evaluation reads; it is no domain."""
+RUNNING_TEXTS: dict[Split, tuple[str, ...]] = {
+    "train": ("train.raw.txt", "wiki.train.raw", "train.txt", "wiki.train.tokens"),
+    "validation": ("valid.raw.txt", "wiki.valid.raw", "valid.txt", "wiki.valid.tokens"),
+    "test": ("test.raw.txt", "wiki.test.raw", "test.txt", "wiki.test.tokens"),
+}
+"""Names under which its files travel; the first that is there is read."""
 
 _SPLITS = "|".join(SPLIT_NAMES)
 _NAME = re.compile(
@@ -34,6 +40,12 @@ class _Found(NamedTuple):
     table: Table
     domain: str | None
     split: Split | None
+
+
+def running_text(data: Path, split: Split) -> Path | None:
+    """The running text of a data folder, None where there is none."""
+    paths = [data / REGRESSION_FOLDER / name for name in RUNNING_TEXTS[split]]
+    return next((path for path in paths if path.is_file()), None)
 
 
 def folder_sources(folder: Path, columns: Columns) -> list[Source]:
@@ -84,19 +96,24 @@ def _find(path: Path, columns: Columns) -> list[_Found]:
     if path.name.startswith("."):
         return []
     if match := _NAME.fullmatch(path.name):
-        name = match["alone"] or match["split"]
         domain = match["domain"] or path.parent.name
         table = _Found(
             Parquet(path) if match["kind"] == "parquet" else JsonLines(path),
             domain if columns.domain is None else None,
-            None if name is None else SPLIT_NAMES[name],
+            _split(match),
         )
         return [table]
     if not path.is_dir() or path.name == REGRESSION_FOLDER:
         return []
     parts = [part for part in sorted(path.iterdir()) if part.name.endswith(_PARTS)]
     domain = path.name if columns.domain is None else None
-    found = [_Found(JsonLines(part), domain, None) for part in parts]
+    found = [_Found(JsonLines(part), domain, _split(_NAME.fullmatch(part.name))) for part in parts]
     if (text := TextFolder(path)).files():
         found.append(_Found(text, path.name, None))
     return found
+
+
+def _split(match: re.Match[str] | None) -> Split | None:
+    """The split that a file's name tells."""
+    name = None if match is None else match["alone"] or match["split"]
+    return None if name is None else SPLIT_NAMES[name]

@@ -20,7 +20,7 @@ from training.data.meter import meter
 from training.data.near import NearDuplicates
 from training.data.sources import Source, text_key
 
-_FORMAT = 1
+_FORMAT = 2
 """Part of the name of a kept inventory: another way of counting finds none."""
 
 

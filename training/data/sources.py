@@ -97,7 +97,8 @@ class Source:
                 "correct the row or set data.text_column",
                 "data.text_column",
             )
-        group = str(row.get(self.columns.group) or "")
+        value = row.get(self.columns.group)
+        group = "" if value is None else str(value)
         return Document(text, self._domain(number, row), group.rpartition("#")[0] or group)
 
     def _domain(self, number: int, row: Row) -> str:

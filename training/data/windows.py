@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -45,17 +46,24 @@ class Window:
         tokens: int32 [n]; the first `context` of them are context, the rest are scored.
         context: how many tokens come before the first scored one, at least 1.
         scored_bytes: UTF-8 length of the scored tokens' text.
+        lead: how many of the first tokens are the tokenizer's own, in front of any text.
     """
 
     tokens: NDArray[np.int32]
     context: int
     domain: str
     scored_bytes: int
+    lead: int = 0
 
     @property
     def context_tokens(self) -> NDArray[np.int32]:
-        """int32 [context], all that assignment and conditioning may see."""
+        """int32 [context], all that the model reads before what is scored."""
         return self.tokens[: self.context]
+
+    @property
+    def content_tokens(self) -> NDArray[np.int32]:
+        """int32 [context - lead], all that assignment and conditioning may see."""
+        return self.tokens[self.lead : self.context]
 
     @property
     def targets(self) -> NDArray[np.int32]:
@@ -68,16 +76,29 @@ class Window:
         return len(self.tokens) - self.context
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class WindowCutter:
     """Cuts documents into windows: `context` tokens first, then up to `scored` scored tokens.
 
-    A document shorter than twice the context gives half of its tokens to each part.
+    A document shorter than twice the context gives half of its tokens to each part. The model reads
+    each window alone, as it would a prompt, so `lead` comes before each, wherever it is cut from.
     """
 
     tokenizer: Tokenizer
     context: int
     scored: int
+
+    @cached_property
+    def lead(self) -> tuple[int, ...]:
+        """Token ids that the tokenizer puts before any text; in no count of `context`."""
+        text, whole = self._encode("a"), self._encode("a", special=True)
+        places = [i for i in range(len(whole)) if whole[i : i + len(text)] == text]
+        return tuple(whole[: places[0]]) if places else ()
+
+    @property
+    def longest(self) -> int:
+        """Most tokens in a window."""
+        return len(self.lead) + self.context + self.scored
 
     def cut(self, document: Document) -> Window | None:
         """The first window of a document, None where it has fewer than two tokens."""
@@ -157,11 +178,13 @@ class WindowCutter:
                 return ids
             length *= 2
 
-    def _encode(self, text: str) -> list[int]:
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+    def _encode(self, text: str, special: bool = False) -> list[int]:
+        ids: list[int] = self.tokenizer(text, add_special_tokens=special)["input_ids"]
         return ids
 
     def _window(self, ids: list[int], context: int, domain: str) -> Window:
         ids = ids[: context + self.scored]
         text = self.tokenizer.decode(ids[context:])
-        return Window(np.array(ids, np.int32), context, domain, len(text.encode()))
+        lead, size = self.lead, len(text.encode())
+        tokens = np.array([*lead, *ids], np.int32)
+        return Window(tokens, len(lead) + context, domain, size, len(lead))

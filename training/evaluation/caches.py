@@ -134,8 +134,8 @@ def unigram_probabilities(case: CacheCase) -> Array:
     """Of each scored token [n]: its share of all tokens that came before it."""
     counts: dict[int, int] = {}
     total = 0
-    before = [earlier.context_tokens for earlier in case.support]
-    for part in (*before, case.window.context_tokens):
+    before = [earlier.content_tokens for earlier in case.support]
+    for part in (*before, case.window.content_tokens):
         for token in part.tolist():
             counts[token] = counts.get(token, 0) + 1
         total += len(part)

@@ -187,7 +187,7 @@ class Evaluator:
         random = None
         if "refined_random" in self._names:
             labels = random_labels(plan, settings.seed)
-            prepared.plans.append(plan_stream(arrivals, snapshot, stream, labels))
+            prepared.plans.append(plan_stream(arrivals, snapshot, stream, labels, settings.seed))
             random = StreamUpdates(self._refinery, prepared.plans[1], windows, settings)
         expensive = last_of_each_domain(plan, windows, settings.expensive_documents)
         prompter = Prompter.of(self._base, windows, settings)

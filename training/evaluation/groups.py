@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,17 +21,18 @@ from training.data import (
     select,
     spread,
 )
-from training.data.folder import REGRESSION_FOLDER
+from training.data.folder import REGRESSION_FOLDER, RUNNING_TEXTS, running_text
 from training.evaluation.settings import EvaluateSettings
 
 WIKITEXT = "wikitext-2"
-_WIKITEXT_FILE = Path(REGRESSION_FOLDER) / "test.raw.txt"
 _WIKITEXT_WINDOWS = 4
 """Times as many windows of it as documents of a domain, since it is one domain alone."""
+_logger = logging.getLogger(__name__)
 
 # Documents of unseen domains may come from any split, none of which was trained on. Those that are
-# scored come from the test split as far as it goes; those that only arrive come from elsewhere as
-# far as that goes, since parts of one work are in one split.
+# scored come from the test split as far as it goes, then from the next. Parts of one work are in
+# one split, so those that only arrive come from splits that give no scored document as far as these
+# go.
 _SCORED: tuple[Split, ...] = ("test", "validation", "train")
 _ARRIVING: tuple[Split, ...] = ("validation", "train", "test")
 
@@ -85,14 +87,14 @@ class GroupReader:
             SetupError: a library is missing, a dataset cannot be fetched, `cache` cannot be
                 written.
         """
-        size = columns.context_tokens + columns.scored_tokens
+        cutter = WindowCutter(base.tokenizer, columns.context_tokens, columns.scored_tokens)
         longest = describe_model(base.path, base.path.name).context_length
-        if size > longest:
+        if cutter.longest > longest:
             raise ConfigError(
-                f"windows of {size} tokens do not fit in the base model's context of {longest}",
+                f"windows of {cutter.longest} tokens do not fit in the base model's context of "
+                f"{longest}",
                 "data.scored_tokens",
             )
-        cutter = WindowCutter(base.tokenizer, columns.context_tokens, columns.scored_tokens)
         reader = open_reader(data, columns, cache)
         return cls(reader, Path(data), cutter, frozenset(trained), settings)
 
@@ -120,7 +122,7 @@ class GroupReader:
     ) -> Group:
         group = Group(name, [], [])
         for domain in domains:
-            windows = self._windows(domain, scored, self.settings.documents, frozenset())
+            windows, read = self._windows(domain, scored, self.settings.documents, frozenset())
             if len(windows) < MIN_DOCUMENTS:
                 raise ConfigError(
                     f"{domain!r} holds {len(windows)} document(s) to measure on, at least "
@@ -131,28 +133,39 @@ class GroupReader:
             if name in self.settings.stream.groups:
                 taken = frozenset(window.tokens.tobytes() for window in windows)
                 count = self.settings.stream.warmup_documents
-                group.warmup.extend(self._windows(domain, arriving, count, taken))
+                order = sorted(arriving, key=read.__contains__)
+                group.warmup.extend(self._windows(domain, order, count, taken)[0])
         return group
 
     def _windows(
         self, domain: str, splits: Sequence[Split], limit: int, without: frozenset[bytes]
-    ) -> list[Window]:
-        """Up to `limit` windows from the first splits that have them, but for those `without`."""
+    ) -> tuple[list[Window], set[Split]]:
+        """Up to `limit` windows from the first splits that have them, but for those `without`.
+
+        And the splits that were read.
+        """
         windows: list[Window] = []
+        read: set[Split] = set()
         for split in splits:
             if len(windows) == limit:
                 break
+            read.add(split)
             most = limit + len(without)
             for document in spread(self.reader.documents(domain, split), most):
                 window = self.cutter.cut(document)
                 if window is not None and window.tokens.tobytes() not in without:
                     windows.append(window)
             windows = windows[:limit]
-        return windows
+        return windows, read
 
     def _wikitext(self) -> Group:
         count = _WIKITEXT_WINDOWS * self.settings.documents
-        path = self.folder / _WIKITEXT_FILE
+        path, beside = running_text(self.folder, "test"), self.folder / REGRESSION_FOLDER
+        if path is None:
+            if beside.is_dir():
+                names = ", ".join(RUNNING_TEXTS["test"])
+                _logger.warning("%s is not measured: it holds none of %s", beside, names)
+            return Group("wikitext", [], [])
         return Group("wikitext", self.cutter.cut_running_text(path, WIKITEXT, count), [])
 
 

@@ -223,6 +223,8 @@ def twin_figures(path: Path, settings: TrainSettings) -> dict[str, Any]:
             "holdout",
         ) from error
     data = other.data.model_copy(update={"holdout": settings.data.holdout})
-    if other.model_copy(update={"data": data}) != settings:
+    # Any number of workers trains the same: see `training.shares`.
+    place = {name: getattr(settings, name) for name in ("workers", "worker_cpus", "max_failures")}
+    if other.model_copy(update={"data": data, **place}) != settings:
         raise BundleError(f"{path} was trained with other settings than this bundle", "holdout")
     return figures

@@ -85,9 +85,10 @@ class Refinery:
 
     def own(self, window: Window) -> Update:
         """The static update refined on pieces of one document's own context."""
-        count = min(self._config.min_prompts, len(window.context_tokens) // 2)
-        pieces = np.array_split(window.context_tokens, max(1, count))
-        return self.refine(pieces, self.static())
+        count = min(self._config.min_prompts, len(window.content_tokens) // 2)
+        pieces = np.array_split(window.content_tokens, max(1, count))
+        lead = window.tokens[: window.lead]
+        return self.refine([np.concatenate([lead, piece]) for piece in pieces], self.static())
 
     def gain(self, plan: Plan, refinement: Refinement) -> float:
         """What it and those before it gained, each on the contexts it held back, in all.

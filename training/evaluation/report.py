@@ -45,8 +45,9 @@ _STREAM = """\
 ## The stream
 
 Groups that arrive as a stream: {groups}. Documents of all their domains are interleaved at random
-(seed {seed}). Contexts of {warmup} further documents of each domain arrive {when}, from splits that
-are not scored; nothing of them is scored, and no document's scored part is ever learned from.
+(seed {seed}). Contexts of {warmup} further documents of each domain arrive {when}, from splits of
+which nothing is scored as far as those go; nothing of them is scored, and no document's scored part
+is ever learned from.
 Clusters begin with {start} and are published every {publish} arrivals; a cluster is refined anew
 when {refine} of its contexts are new (as many as it had learned from, if that is more), on its
 latest {buffer}{borrowed}. A document is scored under what its cluster had been refined to before it

@@ -83,7 +83,8 @@ class StreamSettings(_Settings):
     Attributes:
         groups: groups of documents that arrive as a stream, each by itself.
         warmup_documents: contexts of this many further documents of each domain arrive too; they
-            are never scored. They come from splits that are not scored here.
+            are never scored. They come from splits that give no scored document, as far as those
+            go.
         warmup: whether they arrive before all others, or in between.
         start: whether clusters begin with the bundle's or with none.
         publish_every: arrivals between two publications of the clusters.

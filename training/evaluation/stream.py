@@ -165,6 +165,7 @@ def plan_stream(
     start: ClusterSnapshot,
     settings: StreamSettings,
     labels: Sequence[int] | None = None,
+    seed: int = 0,
 ) -> Plan:
     """Let documents arrive one after the other.
 
@@ -174,10 +175,11 @@ def plan_stream(
         settings: of the stream.
         labels: cluster id of each arrival, in place of the nearest cluster: for the control in
             which the partition is random.
+        seed: of the contexts that clusters borrow in that control.
     """
     if settings.start == "empty":
         start = ClusterSnapshot.empty(start.dim)
-    planner = _Planner(arrivals, start, settings, labels)
+    planner = _Planner(arrivals, start, settings, labels, seed)
     moments = []
     for time in range(len(arrivals)):
         if time % settings.publish_every == 0:
@@ -203,10 +205,12 @@ class _Planner:
         start: ClusterSnapshot,
         settings: StreamSettings,
         labels: Sequence[int] | None,
+        seed: int,
     ) -> None:
         self._arrivals = arrivals
         self._settings = settings
         self._labels = labels
+        self._seed = seed
         self._learner = CentroidLearner(start, settings.learner)
         self._learned: dict[int, set[int]] = defaultdict(set)
         self._known = Published(start, {}, {})
@@ -274,7 +278,9 @@ class _Planner:
             earlier = snapshot.project(self._arrivals.embeddings[:time])
             order = np.argsort(-(earlier @ snapshot.centroids[row]), kind="stable")
         else:
-            order = np.random.default_rng([time, len(members)]).permutation(time)
+            # A seed of 0 at the end changes nothing: figures from before it counted stay.
+            random = np.random.default_rng([time, len(members), self._seed])
+            order = random.permutation(time)
         own = set(members)
         return [int(place) for place in order if int(place) not in own]
 

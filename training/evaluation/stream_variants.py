@@ -139,7 +139,7 @@ class Prompter:
         """The latest earlier arrivals of the cluster whose contexts fit, oldest first."""
         room, chosen = self.tokens, []
         for time in reversed(moment.support):
-            room -= plan.arrivals.windows[time].context + len(self.separator)
+            room -= len(plan.arrivals.windows[time].content_tokens) + len(self.separator)
             if room < 0:
                 break
             chosen.append(time)
@@ -147,10 +147,10 @@ class Prompter:
 
     def prompt(self, window: Window, plan: Plan, moment: Moment) -> Window:
         """The window after earlier contexts; the same tokens are scored."""
-        parts: list[np.ndarray] = []
+        parts = [window.tokens[: window.lead]]
         for earlier in self.latest(plan, moment):
-            parts += [earlier.context_tokens, np.array(self.separator, np.int32)]
-        tokens = np.concatenate([*parts, window.tokens]).astype(np.int32)
+            parts += [earlier.content_tokens, np.array(self.separator, np.int32)]
+        tokens = np.concatenate([*parts, window.tokens[window.lead :]]).astype(np.int32)
         return replace(window, tokens=tokens, context=len(tokens) - window.scored)
 
 

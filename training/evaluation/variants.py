@@ -76,7 +76,8 @@ def nearest_clusters(
 ) -> tuple[list[int], list[float]]:
     """Rows of the nearest clusters of an embedding [d] and the weights to merge them with."""
     index = FaissIndex(snapshot.centroids, "cpu")
-    similarities, rows = index.search(embedding[None], settings.merge_nearest)
+    seen = snapshot.project(embedding[None])
+    similarities, rows = index.search(seen, settings.merge_nearest)
     return rows[0].tolist(), softmax_weights(similarities[0], settings.merge_temperature)
 
 
@@ -102,7 +103,8 @@ class SnapshotUpdates:
         self._windows = windows
         self._embeddings = embeddings
         self._settings = settings
-        self.similarities, self._nearest = nearest(embeddings, self._snapshot.centroids)
+        seen = self._snapshot.project(embeddings)
+        self.similarities, self._nearest = nearest(seen, self._snapshot.centroids)
         inside = self.similarities >= self._snapshot.threshold
         self.rows = np.where(inside, self._nearest, NO_CLUSTER)
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from cluster_router.wire.errors import ConfigError
 from training.data import Split, Tokenizer, Window, spread
+from training.data.folder import REGRESSION_FOLDER, RUNNING_TEXTS, running_text
 from training.data.sources import Source
 from training.data.tables import Columns, JsonLines
 
@@ -21,11 +22,6 @@ FALLBACK = "wikipedia"
 """The domain trained on where WikiText-2's training split is not there."""
 
 _PACKED = ".jsonl.gz"
-_WIKITEXT = {
-    "train": ("train.raw.txt", "wiki.train.raw", "train.txt", "wiki.train.tokens"),
-    "validation": ("valid.raw.txt", "wiki.valid.raw", "valid.txt", "wiki.valid.tokens"),
-    "test": ("test.raw.txt", "wiki.test.raw", "test.txt", "wiki.test.tokens"),
-}
 
 
 @dataclass(frozen=True)
@@ -43,26 +39,21 @@ class Sources:
         Raises:
             ConfigError: there is no validation text, or nothing to train on.
         """
-        folder = data / "wikitext-2"
-        found = {
-            split: next((folder / name for name in names if (folder / name).is_file()), None)
-            for split, names in _WIKITEXT.items()
-        }
-        train = found["train"] or data / f"{FALLBACK}.train{_PACKED}"
-        validation = found["validation"]
+        train = running_text(data, "train") or data / f"{FALLBACK}.train{_PACKED}"
+        validation = running_text(data, "validation")
         if validation is None or not train.is_file():
             raise ConfigError(
-                f"{folder} holds no validation text (valid.txt) or {data} nothing to train on "
-                f"(wikitext-2/train.txt, {train.name}); put them there, or name files with "
-                "--train and --validation",
+                f"{data / REGRESSION_FOLDER} holds no validation text (valid.txt) or {data} "
+                f"nothing to train on (wikitext-2/train.txt, {train.name}); put them there, or "
+                "name files with --train and --validation",
                 "data",
             )
-        return cls(train, validation, found["test"])
+        return cls(train, validation, running_text(data, "test"))
 
     @property
     def trains_on_wikitext(self) -> bool:
         """Whether the training file has a name under which WikiText-2 travels."""
-        return self.train.name in _WIKITEXT["train"]
+        return self.train.name in RUNNING_TEXTS["train"]
 
 
 def read_text(path: Path) -> str:

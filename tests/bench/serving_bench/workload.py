@@ -84,8 +84,17 @@ def zipf_clusters(requests: int, clusters: int, seed: int) -> list[int]:
     return found
 
 
-def cut_prompts(text: Sequence[int], count: int, mean: int, seed: int) -> list[list[int]]:
+def cut_prompts(
+    text: Sequence[int], count: int, mean: int, lengths: int, places: str
+) -> list[list[int]]:
     """`count` windows of a tokenised text, a quarter shorter to a quarter longer than `mean`.
+
+    Args:
+        text: what is cut.
+        count: of prompts.
+        mean: of their lengths.
+        lengths: seed of their lengths.
+        places: seed of where they are cut. As text, since Python's generator takes -1 for 1.
 
     Raises:
         ValueError: the text is shorter than ten prompts.
@@ -94,9 +103,9 @@ def cut_prompts(text: Sequence[int], count: int, mean: int, seed: int) -> list[l
     last = len(text) - mean - spread
     if last < 10 * mean:
         raise ValueError(f"a text of {len(text)} tokens is too short to cut prompts from")
-    rng = random.Random(seed)
-    starts = [rng.randrange(last) for _ in range(count)]
-    return [list(text[start : start + mean + rng.randint(-spread, spread)]) for start in starts]
+    place, length = random.Random(places), random.Random(lengths)
+    starts = [place.randrange(last) for _ in range(count)]
+    return [list(text[start : start + mean + length.randint(-spread, spread)]) for start in starts]
 
 
 def make_workload(
@@ -109,7 +118,11 @@ def make_workload(
     prompt_tokens: int = 64,
     output_tokens: int = 64,
 ) -> Workload:
-    """The workload of one run. Another `repeat` has other prompts, so that no cache helps.
+    """The workload of one run, the same for every engine.
+
+    Other `clusters`, another `concurrency` or `repeat` has other prompts, so that an engine's
+    process meets none twice and no cache helps. Lengths follow from `repeat` alone: whatever is
+    compared within one has prompts as long.
 
     Args:
         text: where prompts are cut from.
@@ -122,7 +135,8 @@ def make_workload(
     """
     count = requests if clusters is None else requests_for(clusters, requests)
     assigned = [None] * count if clusters is None else zipf_clusters(count, clusters, repeat)
-    prompts = cut_prompts(text, count, prompt_tokens, repeat)
+    cell = f"{clusters} {concurrency} {repeat}"
+    prompts = cut_prompts(text, count, prompt_tokens, repeat, cell)
     return Workload(
         [Request(*pair) for pair in zip(prompts, assigned, strict=True)],
         output_tokens,

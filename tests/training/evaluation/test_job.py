@@ -13,7 +13,7 @@ import pytest
 from cluster_router.wire.errors import BundleError, ConfigError, SetupError
 from training.artefact import Artefact
 from training.cli import main
-from training.evaluation.job import EvaluateJob
+from training.evaluation.job import EvaluateJob, twin_figures
 from training.evaluation.settings import EvaluateSettings, load_evaluate_settings
 from training.evaluation.store import Store
 
@@ -190,6 +190,19 @@ def test_a_baseline_of_the_whole_budget(
     dataclasses.replace(random_artefact, settings=seeded).save(other)
     with pytest.raises(BundleError, match="other settings of 'seed'"):
         EvaluateJob(bundle, data, cache, tmp_path / "out", few, budget=other).run()
+
+
+def test_a_twin_may_have_been_trained_in_another_number_of_workers(
+    random_artefact: Artefact, tmp_path: Path
+) -> None:
+    random_artefact.save(tmp_path / "twin")
+    (tmp_path / "twin" / "evaluation.json").write_text('{"held_out": {"domains": {}}}')
+    own = random_artefact.settings
+    place = {"workers": (1, 4), "worker_cpus": 2.0, "max_failures": 0}
+    assert own.workers == 0
+    assert twin_figures(tmp_path / "twin", own.model_copy(update=place)) == {"domains": {}}
+    with pytest.raises(BundleError, match="other settings"):
+        twin_figures(tmp_path / "twin", own.model_copy(update={**place, "seed": 7}))
 
 
 def test_the_command_line(

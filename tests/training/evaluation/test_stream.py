@@ -185,6 +185,25 @@ def test_a_random_partition_has_clusters_of_equal_sizes(
     assert any(moment.refinement for moment in other.moments)
 
 
+def test_what_a_random_cluster_borrows_follows_the_seed(
+    plan: Plan, random_bundle: Bundle, cheap: EvaluateSettings
+) -> None:
+    labels = random_labels(plan, 0)
+    first, again, other = (
+        [
+            moment.refinement.prompts
+            for moment in plan_stream(
+                plan.arrivals, random_bundle.snapshot, cheap.stream, labels, seed
+            ).moments
+            if moment.refinement
+        ]
+        for seed in (0, 0, 1)
+    )
+    assert first == again
+    assert first != other
+    assert len(first) == len(other)
+
+
 def test_less_support_means_an_earlier_refinement(plan: Plan) -> None:
     newest = max(
         (moment.refinement for moment in plan.moments if moment.refinement),
