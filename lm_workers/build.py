@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import torch
@@ -13,7 +12,7 @@ from cluster_router.wire.errors import ConfigError
 from lm_workers.adapters import AdapterBank
 from lm_workers.config import EngineConfig
 from lm_workers.detokenizer import TokenTexts
-from lm_workers.device import pick_device
+from lm_workers.device import pick_device, usable_cores
 from lm_workers.engine import Engine, SteppedEngine
 from lm_workers.graphs import choose_recorder
 from lm_workers.kv_cache import BlockPool, KVCache, bytes_per_token, kv_geometry
@@ -59,7 +58,7 @@ def build_engine(
         return build_vllm_engine(path, config, update)
     device = pick_device(config.device)
     if device == "cpu":
-        torch.set_num_threads(config.cpu_threads or len(os.sched_getaffinity(0)))
+        torch.set_num_threads(config.cpu_threads or usable_cores())
     dtype = resolve_dtype(config.dtype, device)
     info = describe_model(path, str(path))
     layout = choose_layout(config.linear, dtype, device)

@@ -38,7 +38,8 @@ class EngineConfig(BaseModel):
             back to `reference`, plain torch, where there is no compiler.
         cuda_graphs: on a GPU, record decoding steps of each size and repeat them, which saves the
             time that Python takes to start their kernels; where that fails the log says why.
-        cpu_threads: threads of one step on a CPU; None is every core this process may use.
+        cpu_threads: threads of one step on a CPU; None is every core this process may use, or as
+            many as the CPU quota of its container pays for.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

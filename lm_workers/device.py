@@ -1,6 +1,10 @@
-"""Where a model computes."""
+"""Where a model computes, and on how much of it."""
 
 from __future__ import annotations
+
+import os
+from math import ceil
+from pathlib import Path
 
 import torch
 
@@ -22,3 +26,31 @@ def pick_device(name: str) -> str:
             "device",
         )
     return name
+
+
+def usable_cores(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """Cores that this process may keep busy at a time.
+
+    A container with a limit on its CPU time sees all cores of its machine: more threads than the
+    limit pays for only hold each other up.
+
+    Args:
+        cgroup: where control groups are mounted.
+    """
+    cores = len(os.sched_getaffinity(0))
+    quota = _quota(cgroup)
+    return cores if quota is None else max(1, min(cores, ceil(quota)))
+
+
+def _quota(cgroup: Path) -> float | None:
+    """Seconds of CPU time that each second allows; None for any number, or where nothing says."""
+    try:
+        if (unified := cgroup / "cpu.max").exists():
+            quota, period = unified.read_text().split()
+        else:  # version 1 of control groups
+            names = ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+            quota, period = ((cgroup / "cpu" / name).read_text() for name in names)
+        found = int(quota) / int(period)
+    except (OSError, ValueError, ZeroDivisionError):  # `max` is no number
+        return None
+    return found if found > 0 else None

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 import time
 from collections.abc import Callable
+from collections.abc import Sequence as Items
 from dataclasses import dataclass
-from typing import Protocol
+from functools import partial
+from typing import Protocol, TypeVar
 
 import torch
 
 from adapter_gen.update import LoraDelta
-from cluster_router.wire.errors import OverloadedError
+from cluster_router.wire.errors import ChameleonError, EngineError, OverloadedError
 from cluster_router.wire.types import TokenChunk, TokenizedRequest, TokenLogprob
 from lm_workers.answer import check_request, extend
 from lm_workers.detokenizer import Detokenizer, TokenTexts
 from lm_workers.runner import ModelRunner, StepOutput, scored_rows
 from lm_workers.sampler import Sampled, Sampler, score
 from lm_workers.scheduler import Scheduler
-from lm_workers.sequence import Batch, Sequence, Span
+from lm_workers.sequence import Batch, Sequence, Span, Status
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +63,14 @@ class EngineStats:
         return self.cached_tokens / max(1, self.prompt_tokens)
 
 
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A request that failed and is dropped, while those beside it go on."""
+
+    request_id: str
+    error: ChameleonError
+
+
 class SteppedEngine(Protocol):
     """What an LMWorker drives, from one thread: the Engine below, or a VllmEngine."""
 
@@ -91,7 +106,7 @@ class SteppedEngine(Protocol):
         """Drop every request and return their ids."""
         ...
 
-    def step(self) -> list[TokenChunk]:
+    def step(self) -> Items[TokenChunk | Failure]:
         """Advance every running request and return what became certain."""
         ...
 
@@ -113,6 +128,9 @@ class Engine:
         eos: token ids that end an answer.
         max_context: longest prompt plus output.
         clock: seconds, monotonic; orders arrivals.
+
+    Raises:
+        ModelError: the model cannot be run with texts of `max_context` tokens.
     """
 
     def __init__(
@@ -125,6 +143,7 @@ class Engine:
         max_context: int,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        runner.check_context(max_context)
         self._runner, self._scheduler, self._sampler = runner, scheduler, sampler
         self._texts, self._eos, self._max_context = texts, eos, max_context
         self._clock = clock
@@ -201,14 +220,13 @@ class Engine:
             self.abort(name)
         return names
 
-    def step(self) -> list[TokenChunk]:
+    def step(self) -> list[TokenChunk | Failure]:
         """Advance every running request and return what became certain."""
         batch = self._scheduler.schedule(self._clock())
         if not batch.spans:
             return []
         output = self._runner.step(batch)
-        self._score_prompts(batch, output)
-        return self._postprocess(batch, output)
+        return [*self._score_prompts(batch, output), *self._postprocess(batch, output)]
 
     def check_integrity(self) -> None:
         """Assert that nothing is lost or held twice: blocks, slots, queues, requests."""
@@ -217,10 +235,15 @@ class Engine:
         held += [one.request_id for queue in self._scheduler.queues.values() for one in queue]
         assert sorted(held) == sorted(self._sequences), "requests lost or held twice"
 
-    def _score_prompts(self, batch: Batch, output: StepOutput) -> None:
+    def _score_prompts(self, batch: Batch, output: StepOutput) -> list[Failure]:
+        failures = []
         for span, offset in zip(batch.spans, output.offsets, strict=True):
             if span.scores:
-                self._score_prompt(span, offset, output)
+                score_prompt = partial(self._score_prompt, span, offset, output)
+                failed = self._alone(span.sequence, score_prompt)
+                if failed is not None:
+                    failures.append(failed)
+        return failures
 
     def _score_prompt(self, span: Span, offset: int, output: StepOutput) -> None:
         """Score the prompt tokens that this span's positions predict."""
@@ -239,20 +262,55 @@ class Engine:
             scores = score(logits, targets, [top] * len(positions))
             found.extend(self._logprob(one) for one in scores)
 
-    def _postprocess(self, batch: Batch, output: StepOutput) -> list[TokenChunk]:
-        sampling, rows, chunks = [], [], []
+    def _postprocess(self, batch: Batch, output: StepOutput) -> list[TokenChunk | Failure]:
+        sampling, rows = [], []
+        outcomes: list[TokenChunk | Failure] = []
         for span, offset in zip(batch.spans, output.offsets, strict=True):
             sequence = span.sequence
+            if sequence.status is Status.FINISHED:
+                continue  # scoring its prompt failed
             self._scheduler.complete(span)
             if span.samples:
                 sampling.append(sequence)
                 rows.append(offset + span.length - 1)
             elif sequence.pending == 0:
-                chunks.append(self._finish_scoring(sequence))
+                outcomes.append(self._alone(sequence, partial(self._finish_scoring, sequence)))
         if sampling:
-            sampled = self._sampler.sample(self._runner.logits(output, rows), sampling)
-            chunks += [self._advance(*pair) for pair in zip(sampling, sampled, strict=True)]
-        return chunks
+            sampled = self._sample(self._runner.logits(output, rows), sampling)
+            for sequence, one in zip(sampling, sampled, strict=True):
+                if isinstance(one, Failure):
+                    outcomes.append(one)
+                else:
+                    advance = partial(self._advance, sequence, one)
+                    outcomes.append(self._alone(sequence, advance))
+        return outcomes
+
+    def _sample(self, logits: torch.Tensor, sequences: list[Sequence]) -> Items[Sampled | Failure]:
+        try:
+            return self._sampler.sample(logits, sequences)
+        except Exception as error:
+            # One row's parameters must not fail the others; alone each draws the same token.
+            log.warning("sampling %d rows failed (%r); each is tried alone", len(sequences), error)
+            return [
+                self._alone(one, partial(self._sample_one, logits[row : row + 1], one))
+                for row, one in enumerate(sequences)
+            ]
+
+    def _sample_one(self, logits: torch.Tensor, sequence: Sequence) -> Sampled:
+        [sampled] = self._sampler.sample(logits, [sequence])
+        return sampled
+
+    def _alone(self, sequence: Sequence, compute: Callable[[], T]) -> T | Failure:
+        """What `compute` gives; where it fails, so does its request, and no other."""
+        try:
+            return compute()
+        except Exception as error:
+            name = sequence.request_id
+            log.exception("request %s failed; those beside it go on", name)
+            self.abort(name)
+            if isinstance(error, ChameleonError):
+                return Failure(name, error)
+            return Failure(name, EngineError("the engine failed at this request; please retry"))
 
     def _finish_scoring(self, sequence: Sequence) -> TokenChunk:
         """End a request that asked for no tokens."""

@@ -51,16 +51,18 @@ class InputBuilder:
             self.int64(tokens), self.int64(positions), self._slots(spans), self._paged(spans)
         )
 
-    def fresh(self, count: int) -> PagedStep:
-        """One sequence of `count` tokens in the first blocks, with nothing before it."""
-        size = self._block_size
+    def alike(self, count: int, start: int, stop: int, blocks: int) -> PagedStep:
+        """Tokens `start:stop` of `count` sequences that have `blocks` of the first blocks each."""
+        size, ends = self._block_size, torch.arange(1, count + 1) * (stop - start)
+        tables = torch.arange(1, 1 + count * blocks, device=self._device).view(count, blocks)
+        slots = (tables[:, :, None] * size + torch.arange(size, device=self._device)).flatten(1)
         return PagedStep(
             cache=self._cache,
             block_size=size,
-            write_slots=torch.arange(count, device=self._device) + size,
-            spans=torch.tensor([[0, count, count]]),
-            lengths=self.int64([count]),
-            tables=torch.arange(1, 1 + -(-count // size), device=self._device)[None],
+            write_slots=slots[:, start:stop].flatten().contiguous(),
+            spans=torch.stack([ends - (stop - start), ends, torch.full_like(ends, stop)], 1),
+            lengths=self.int64([stop] * count),
+            tables=tables,
         )
 
     def int64(self, values: Sequence[int]) -> torch.Tensor:

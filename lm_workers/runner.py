@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import TypeVar
 
 import torch
@@ -21,12 +21,18 @@ from lm_workers.layers.install import install
 from lm_workers.layers.kernels import Kernels
 from lm_workers.layers.linear import Product
 from lm_workers.layers.narrow import widen_all_but_matrices, widened
+from lm_workers.models.rope import check_rope
 from lm_workers.sequence import Batch
 
 T = TypeVar("T")
 
 _SCORED_ROWS = 256
 """Prompt positions whose logits exist at one time; bounds memory when a long text is scored."""
+
+_ELSE = "serve it with vLLM (`engine: {backend: vllm}`), or another model"
+
+_TRIED, _TRIED_TOKENS = 4, 8
+"""Texts and their tokens, of which a model must first give the logits that transformers gives."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,19 +79,23 @@ class ModelRunner:
     ) -> None:
         self._kernels, self._rows, self._min_rows = kernels, RowSlots(), layout.min_rows
         self._inputs = InputBuilder(cache, block_size, model.device)
-        slots, dtype = len(cache.keys[0]), cache.keys[0].dtype
+        dtype = cache.keys[0].dtype
         if model.dtype != dtype:
             widen_all_but_matrices(model, dtype)
         with widened(model, dtype):
-            reference = self._reference(model, min(2 * block_size, slots - block_size))
+            reference = self._reference(model, len(cache.keys[0]) // block_size - 1, block_size)
         self.head = AdaptedHead(model.get_output_embeddings(), layout, kernels, bank)
         install(model, layout, kernels, bank, self._rows)
         model.set_attn_implementation(PAGED)
         self._body = model.base_model
-        self._check_same(*reference)
+        self._check_same(*reference, block_size)
         self._graphs: DecodeGraphs | None = None
         if record is not None:
             self._graphs = DecodeGraphs(self._hidden, record, cache, block_size, self._min_rows)
+
+    def check_context(self, max_context: int) -> None:
+        """Refuse a longest text with which steps would not do; see `check_rope`."""
+        check_rope(self._body.config, max_context)
 
     @torch.inference_mode()
     def step(self, batch: Batch) -> StepOutput:
@@ -128,30 +138,48 @@ class ModelRunner:
         return [*rows] * self._min_rows if len(rows) == 1 else rows
 
     @torch.inference_mode()
-    def _reference(self, model: PreTrainedModel, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """A few tokens and the logits that transformers itself gives for them."""
-        tokens = torch.arange(1, length + 1, device=model.device) % model.config.vocab_size
-        return tokens, model(input_ids=tokens[None], use_cache=False).logits[0]
+    def _reference(
+        self, model: PreTrainedModel, blocks: int, block_size: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """A few texts [N, L] that fit in so many blocks, and transformers' own logits for them."""
+        length = min(_TRIED_TOKENS, blocks * block_size)
+        count = min(_TRIED, blocks // -(-length // block_size))
+        # Spread over the vocabulary: what it begins with often never occurred in training, and such
+        # tokens magnify what rounding changes.
+        vocab = model.config.vocab_size
+        tokens = torch.arange(1, count * length + 1, device=model.device)
+        tokens = (tokens * max(1, vocab // (count * length + 1)) % vocab).view(count, length)
+        return tokens, model(input_ids=tokens, use_cache=False).logits
 
     @torch.inference_mode()
-    def _check_same(self, tokens: torch.Tensor, expected: torch.Tensor) -> None:
+    def _check_same(self, tokens: torch.Tensor, expected: torch.Tensor, block_size: int) -> None:
         """Refuse a model whose class does something that this runner leaves out.
 
-        Examples are scaled or capped logits. Better to fail here than to serve other numbers. The
-        median position counts: in half precision single ones swing with the order of a sum.
+        Examples are scaled or capped logits, and layers that take from the tokens before something
+        other than keys and values: these get the last tokens wrong, which are computed in a step of
+        their own. Better to fail here than to serve other numbers. The median position of a step
+        counts: in half precision single ones swing with the order of a sum.
         """
-        positions = torch.arange(len(tokens), device=tokens.device)
-        paged = self._inputs.fresh(len(tokens))
-        hidden = self._hidden(StepInputs(tokens, positions, None, paged))
-        error = (self.head(hidden, None).float() - expected.float()).abs().amax(-1).median()
-        scale = expected.float().abs().max()
-        tolerance = 1e-3 if expected.dtype == torch.float32 else 0.05
-        if not error <= tolerance * scale:
-            raise ModelError(
-                "this model's logits differ between transformers and the engine "
-                f"(by {float(error):.3g} at a scale of {float(scale):.3g}): its architecture does "
-                "something the engine does not carry, or its weights are not finite"
-            )
+        count, length = tokens.shape
+        scale = float(expected.abs().max())
+        for start, stop in pairwise(sorted({0, length - 1, length})):
+            places = torch.arange(start, stop, device=tokens.device).repeat(count)
+            paged = self._inputs.alike(count, start, stop, -(-length // block_size))
+            given = StepInputs(tokens[:, start:stop].flatten(), places, None, paged)
+            try:
+                logits = self.head(self._hidden(given), None)
+            except (AttributeError, TypeError) as cause:
+                raise ModelError(f"the engine cannot run this model ({cause}); {_ELSE}") from cause
+            difference = logits.float() - expected[:, start:stop].flatten(0, 1).float()
+            error = float(difference.abs().amax(-1).median())
+            tolerance = 1e-3 if logits.dtype == torch.float32 else 0.05
+            if not error <= tolerance * scale:
+                raise ModelError(
+                    "this model's logits differ between transformers and the engine, which "
+                    "computes many texts at a time and each in parts "
+                    f"(by {error:.3g} at a scale of {scale:.3g}): its architecture does something "
+                    f"the engine does not carry, or its weights are not finite; {_ELSE}"
+                )
 
 
 def scored_rows(rows: list[int]) -> list[list[int]]:

@@ -230,9 +230,10 @@ class Scheduler:
         return None
 
     def _start(self, sequence: Sequence, cached: list[int]) -> None:
+        # Where the update cannot be loaded the sequence still waits in its queue.
+        slot = OFF if self._bank is None else self._bank.acquire(sequence.delta)
         self._remove_waiting(sequence)
-        sequence.slot = OFF if self._bank is None else self._bank.acquire(sequence.delta)
-        sequence.status = Status.RUNNING
+        sequence.slot, sequence.status = slot, Status.RUNNING
         self._pool.share(cached)
         sequence.blocks = cached
         sequence.computed = len(cached) * self._pool.block_size

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import heapq
 import logging
+import os
 import threading
 import time
 from collections import deque
@@ -24,7 +26,7 @@ from cluster_router.wire.errors import (
     UnavailableError,
 )
 from cluster_router.wire.types import AdapterKey, Conditioning, TokenChunk, TokenizedRequest
-from lm_workers.engine import EngineStats, SteppedEngine
+from lm_workers.engine import EngineStats, Failure, SteppedEngine
 
 log = logging.getLogger(__name__)
 tracer = trace.get_tracer("chameleon.worker")
@@ -44,6 +46,9 @@ _LONGEST_WAIT_S = 60.0
 _MOST_MISSING = 1024
 _FORGET_S = 60.0
 """After so long an update is asked for once more: the first call is taken for lost."""
+
+_MOST_FAILED = 3
+"""Steps that fail in a row before the thread ends: what is broken then stays broken."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +79,8 @@ class LMWorker:
             are while a bundle is being replaced, runs under the static update of this one.
         delta_bytes: bytes of updates kept in host memory, so that a hot cluster costs no call.
         patience_s: how long an update may take from when it is first asked for.
+        niceness: added to that of the threads that compute. On a CPU they would otherwise hold up
+            all that is short and urgent beside them: HTTP, routing, replicas that start.
     """
 
     def __init__(
@@ -84,8 +91,9 @@ class LMWorker:
         hypernetwork: str | None = None,
         delta_bytes: int = 2**26,
         patience_s: float = 5.0,
+        niceness: int = 0,
     ) -> None:
-        self._engine, self._adapters = engine, adapters
+        self._engine, self._adapters, self._niceness = engine, adapters, niceness
         self._spec, self._hypernetwork, self._patience_s = spec, hypernetwork, patience_s
         self._deltas: LRUCache[str, LoraDelta] = LRUCache(delta_bytes, lambda one: one.nbytes)
         self._fetching: dict[str, _Fetch] = {}
@@ -98,6 +106,7 @@ class LMWorker:
         self._pace_s = _UNKNOWN_PACE_S
         # When those who were refused were told to come again, as a heap.
         self._returns: list[float] = []
+        self._ended, self._gate = False, threading.Lock()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -113,7 +122,7 @@ class LMWorker:
 
     @property
     def alive(self) -> bool:
-        """Whether the engine's thread runs."""
+        """Whether the engine's thread runs; it ends when the engine fails again and again."""
         return self._thread.is_alive()
 
     async def stats(self) -> EngineStats:
@@ -152,7 +161,7 @@ class LMWorker:
                 answer, error = ask(), None
             except Exception as raised:
                 answer, error = None, raised
-            loop.call_soon_threadsafe(settle, answer, error)
+            _call(loop, settle, answer, error)
 
         self._send(tell)
         return await told
@@ -186,7 +195,8 @@ class LMWorker:
                     return
         finally:
             span.end()
-            self._send(lambda: self._drop(name, outcomes))
+            with contextlib.suppress(UnavailableError):  # nothing is left to drop
+                self._send(lambda: self._drop(name, outcomes))
 
     def close(self) -> None:
         """Stop the thread; streams still open end with UnavailableError."""
@@ -255,31 +265,62 @@ class LMWorker:
         return delta
 
     def _send(self, command: Callable[[], None]) -> None:
-        if not self._thread.is_alive():
-            raise UnavailableError("this replica is shutting down")
-        self._commands.put(command)
+        with self._gate:
+            if self._ended:
+                raise UnavailableError("this replica is shutting down")
+            self._commands.put(command)
 
     # The rest runs in the engine's thread.
 
     def _run(self) -> None:
-        while self._obey():
+        try:
+            # On Linux this is the thread's own, and that of the threads which its kernels start.
+            os.nice(self._niceness)
+            self._serve()
+        except Exception:
+            log.exception("the engine's thread failed and ends")
+        finally:
+            self._end()
+
+    def _serve(self) -> None:
+        """Obey and step until closed, or until the engine is broken."""
+        failed = 0
+        while failed < _MOST_FAILED and self._obey():
             if not self._engine.has_work:
                 continue
             try:
-                chunks = self._engine.step()
+                outcomes = self._engine.step()
             except Exception:
+                failed += 1
                 log.exception("an engine step failed; its requests are failed")
-                for name in self._engine.abort_all():
+                self._engine.abort_all()
+                for name in list(self._streams):
                     self._deliver(name, EngineError("the engine failed; please retry"))
                 continue
-            for chunk in chunks:
-                self._deliver(chunk.request_id, chunk)
-        for name in self._engine.abort_all():
+            failed = 0
+            for one in outcomes:
+                self._deliver(one.request_id, one.error if isinstance(one, Failure) else one)
+        if failed == _MOST_FAILED:
+            log.critical("%d engine steps failed in a row: this replica gives up", failed)
+
+    def _end(self) -> None:
+        """Tell everybody that there will be no more; none may wait for a thread that is gone."""
+        with self._gate:
+            self._ended = True
+        while not self._commands.empty():
+            if (command := self._commands.get()) is not None:
+                with contextlib.suppress(Exception):  # like below, it may fail because that did
+                    command()
+        for name in list(self._streams):
             self._deliver(name, UnavailableError("this replica is shutting down"))
+        with contextlib.suppress(Exception):
+            self._engine.abort_all()
 
     def _obey(self) -> bool:
         """Run waiting commands, waiting for one when idle; False once closed."""
         block = not self._engine.has_work
+        if block:
+            self._returns.clear()  # an idle engine owes nobody a turn: who comes first is first
         while True:
             try:
                 command = self._commands.get(block=block)
@@ -297,15 +338,19 @@ class LMWorker:
         loop: asyncio.AbstractEventLoop,
         outcomes: asyncio.Queue[Outcome],
     ) -> None:
+        refusal: ChameleonError
         try:
             self._engine.add(request, delta)
+            self._streams[request.request_id] = loop, outcomes
+            return
         except OverloadedError as full:
             refusal = OverloadedError(full.message, full.param, self._turn_in())
-            loop.call_soon_threadsafe(outcomes.put_nowait, refusal)
         except ChameleonError as refused:
-            loop.call_soon_threadsafe(outcomes.put_nowait, refused)
-        else:
-            self._streams[request.request_id] = loop, outcomes
+            refusal = refused
+        except Exception:
+            log.exception("the engine failed to take request %s", request.request_id)
+            refusal = EngineError("the engine failed to take this request")
+        _call(loop, outcomes.put_nowait, refusal)
 
     def _drop(self, name: str, outcomes: asyncio.Queue[Outcome]) -> None:
         """Abort `name` if it is still the request that `outcomes` belongs to."""
@@ -340,8 +385,13 @@ class LMWorker:
                 self._ends.append(time.monotonic())
             else:
                 self._ends.clear()
-        if not loop.is_closed():  # a reader that is gone must not end this thread
-            loop.call_soon_threadsafe(outcomes.put_nowait, outcome)
+        _call(loop, outcomes.put_nowait, outcome)
+
+
+def _call(loop: asyncio.AbstractEventLoop, tell: Callable[..., None], *what: object) -> None:
+    """Call `tell` in the thread of `loop`; one that is closed must not end this thread."""
+    with contextlib.suppress(RuntimeError):
+        loop.call_soon_threadsafe(tell, *what)
 
 
 def _retrieved(task: asyncio.Task[LoraDelta]) -> None:

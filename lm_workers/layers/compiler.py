@@ -14,7 +14,8 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from platformdirs import user_cache_path
+
+from lm_workers.models.source import default_cache
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +65,7 @@ def _cached_path(command: list[str]) -> Path:
     ).stdout
     key = repr([[file.read_text() for file in files], command, version, _cpu()])
     digest = hashlib.sha256(key.encode()).hexdigest()[:16]
-    return user_cache_path("chameleon-llm") / "kernels" / f"{Path(command[-1]).stem}-{digest}.so"
+    return default_cache() / "kernels" / f"{Path(command[-1]).stem}-{digest}.so"
 
 
 def _cpu() -> str:

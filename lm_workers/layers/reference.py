@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
+from torch.backends.cuda import SDPAParams, can_use_flash_attention
+from torch.nn.attention.bias import CausalBias, causal_lower_right
 
 from lm_workers.adapters import UpdateTargets
 from lm_workers.layers.kernels import HeadNorms
 from lm_workers.layers.paged import KV_ALIGN, PagedStep
+
+_MOST_SLOTS = 2**17
+"""Tokens of context that rows which decode together read, each as many as the longest of them.
+
+Torch's attention copies the keys and values that it reads.
+"""
 
 
 class ReferenceKernels:
@@ -52,17 +62,15 @@ class ReferenceKernels:
         scaling: float,
         window: int | None,
     ) -> torch.Tensor:
-        """See `Kernels`. Spans of one row run as one padded batch, the others one by one."""
-        slots, lengths = paged.token_slots, paged.lengths
+        """See `Kernels`. Spans of one row run in padded batches, the others one by one."""
         spans = paged.spans.tolist()
         decoding = sum(stop - start == 1 for start, stop, _ in spans)
         parts = []
         if decoding:
-            keys, values = paged.cache.read(layer, slots[:decoding])
-            out = _decode(query[:decoding], keys, values, lengths[:decoding], scaling, window)
-            parts.append(out)
-        for (start, stop, length), row in zip(spans[decoding:], slots[decoding:], strict=True):
-            keys, values = paged.cache.read(layer, row[: -(-length // KV_ALIGN) * KV_ALIGN])
+            parts.append(_decode_all(query[:decoding], paged, layer, scaling, window))
+        slots = paged.token_slots[decoding:]
+        for (start, stop, length), row in zip(spans[decoding:], slots, strict=True):
+            keys, values = paged.cache.read(layer, row[: _aligned(length)])
             parts.append(_prefill(query[start:stop], keys, values, length, scaling, window))
         return torch.cat(parts)
 
@@ -96,6 +104,48 @@ def _rotate(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.
     """Rotate x [T, heads, head_dim]; the halves of a head are real and imaginary parts."""
     left, right = x.chunk(2, -1)
     return x * cosine[:, None] + torch.cat((-right, left), -1) * sine[:, None]
+
+
+def _aligned(length: int) -> int:
+    return -(-length // KV_ALIGN) * KV_ALIGN
+
+
+def group_rows(lengths: Sequence[int]) -> list[tuple[int, int]]:
+    """Cut rows that decode into groups, so that none reads more than `_MOST_SLOTS` but a lone row.
+
+    Args:
+        lengths: tokens of each row, ascending, so that short rows are not padded like long ones.
+
+    Returns:
+        Of each group the number of rows, and the tokens that all of them are padded to.
+    """
+    groups, size, padded = [], 0, 0
+    for longest in map(_aligned, lengths):
+        if size and (size + 1) * longest > _MOST_SLOTS:
+            groups.append((size, padded))
+            size = 0
+        size, padded = size + 1, longest
+    return [*groups, (size, padded)]
+
+
+def _decode_all(
+    query: torch.Tensor, paged: PagedStep, layer: int, scaling: float, window: int | None
+) -> torch.Tensor:
+    """query [D, heads, head_dim] of the first D spans, which are of one row, in groups."""
+    count = len(query)
+    slots, lengths = paged.token_slots[:count], paged.lengths[:count]
+    groups = group_rows(sorted(paged.spans[:count, 2].tolist()))
+    if len(groups) == 1:
+        keys, values = paged.cache.read(layer, slots[:, : groups[0][1]])
+        return _decode(query, keys, values, lengths, scaling, window)
+    # In the order of `groups`, found without waiting for the device: none of `lengths` is above
+    # that of its span, so the same holds for both in ascending order.
+    order = lengths.argsort().split([size for size, _ in groups])
+    out = torch.empty_like(query)
+    for rows, (_, padded) in zip(order, groups, strict=True):
+        keys, values = paged.cache.read(layer, slots[:, :padded][rows])
+        out[rows] = _decode(query[rows], keys, values, lengths[rows], scaling, window)
+    return out
 
 
 def _decode(
@@ -132,17 +182,33 @@ def _prefill(
     window: int | None,
 ) -> torch.Tensor:
     """query [N, heads, head_dim], the last N of `length` tokens, over [L, kv_heads, head_dim]."""
-    positions = torch.arange(len(keys), device=query.device)
-    ends = positions[length - len(query) : length, None]
-    visible = positions <= ends
-    if window is not None:
-        visible &= positions > ends - window
+    if window is None or length <= window:
+        mask: torch.Tensor = causal_lower_right(len(query), length)
+        keys, values = keys[:length], values[:length]
+    else:
+        positions = torch.arange(len(keys), device=query.device)
+        ends = positions[length - len(query) : length, None]
+        mask = (positions <= ends) & (positions > ends - window)
+    query, keys, values = (one.transpose(0, 1).unsqueeze(0) for one in (query, keys, values))
+    shared = query.shape[1] // keys.shape[1]
+    if shared > 1 and not _takes_flash(query, keys, values, mask):
+        # Heads that share keys are otherwise left to a kernel that writes every score out.
+        keys, values = (one.repeat_interleave(shared, 1) for one in (keys, values))
     out = F.scaled_dot_product_attention(
-        query.transpose(0, 1).unsqueeze(0),
-        keys.transpose(0, 1).unsqueeze(0),
-        values.transpose(0, 1).unsqueeze(0),
-        attn_mask=visible,
+        query,
+        keys,
+        values,
+        attn_mask=mask,
         scale=scaling,
         enable_gqa=query.shape[1] != keys.shape[1],
     )
     return out[0].transpose(0, 1)
+
+
+def _takes_flash(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor
+) -> bool:
+    """Whether this is for flash attention, which knows the causal mask and no other."""
+    given = None if isinstance(mask, CausalBias) else mask
+    found: bool = can_use_flash_attention(SDPAParams(query, keys, values, given, 0.0, False, True))
+    return found

@@ -175,6 +175,18 @@ def test_a_longer_context_takes_a_larger_graph(
     assert recorder.recorded == 3
 
 
+def test_rows_that_are_read_in_groups_wait_for_nothing(
+    tiny_llama: Path, recorder: OperationRecorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompted = prompts(6)
+    found = answers(build_engine(tiny_llama, CONFIG), [(request(one), None) for one in prompted])
+    recorded = recorder.recorded
+    monkeypatch.setattr("lm_workers.layers.reference._MOST_SLOTS", 512)  # two rows of the smallest
+    again = answers(build_engine(tiny_llama, CONFIG), [(request(one), None) for one in prompted])
+    assert again == found
+    assert recorder.recorded == 2 * recorded
+
+
 def test_what_cannot_be_recorded_is_computed_and_the_log_says_why(
     tiny_llama: Path, recorder: OperationRecorder, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -214,7 +226,13 @@ def test_cuda_graphs_give_the_tokens_of_computed_steps(
     spec, bases, deltas = update_of(tiny_checkpoints[family])
     found = []
     for graphs in (True, False):
-        config = EngineConfig(device="cuda", dtype="float32", max_sequences=4, cuda_graphs=graphs)
+        config = EngineConfig(
+            device="cuda",
+            dtype="float32",
+            max_sequences=4,
+            kv_cache_tokens=1024,  # all are looked at after every step
+            cuda_graphs=graphs,
+        )
         engine = build_engine(tiny_checkpoints[family], config, (spec, bases))
         found.append(answers(engine, mixed(deltas)))
     assert found[0] == found[1]

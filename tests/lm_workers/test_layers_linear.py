@@ -106,8 +106,9 @@ def test_a_compiler_that_fails_is_named(monkeypatch: pytest.MonkeyPatch, tmp_pat
     )
     broken.chmod(0o755)
     monkeypatch.setenv("CXX", str(broken))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CHAMELEON_CACHE", str(tmp_path))
     compiler.compile_library.cache_clear()
     with pytest.raises(compiler.CompileError, match="out of ink"):
         compiler.compile_library("native.cpp", "FLOAT32")
+    assert (tmp_path / "kernels").is_dir(), "where everything else is kept"
     compiler.compile_library.cache_clear()

@@ -5,10 +5,11 @@ from collections import Counter
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from cluster_router.wire.types import SamplingParams
 from lm_workers.layers.reference import ReferenceKernels
-from lm_workers.sampler import Sampler, score
+from lm_workers.sampler import Sampler, _by_order, _by_value, score
 from lm_workers.sequence import Sequence
 
 EOS = 3
@@ -71,6 +72,57 @@ def test_truncation_keeps_exactly(params: dict[str, float], kept: set[int]) -> N
     mass = sum(float(LOGITS[token].exp()) for token in kept)
     for token in kept:
         assert found[token] == pytest.approx(float(LOGITS[token].exp()) / mass, abs=0.06)
+
+
+FILTERS = [
+    {"top_k": 1},
+    {"top_k": 40},
+    {"top_p": 1e-6},
+    {"top_p": 0.5},
+    {"top_p": 0.999999},
+    {"min_p": 0.05},
+    {"min_p": 1.0},
+    {"top_k": 333, "top_p": 0.5, "min_p": 0.01},
+]
+
+
+@pytest.mark.parametrize("steps", [0, 1, 4, 2**20], ids=["all equal", "many", "some", "few"])
+@pytest.mark.parametrize("spread", [0.1, 2.0, 12.0])
+def test_sorted_values_leave_the_bits_that_sorted_tokens_do(steps: int, spread: float) -> None:
+    logits = spread * torch.randn(len(FILTERS), 1000, generator=torch.Generator().manual_seed(1))
+    logits = (logits * steps).round() / max(1, steps)
+    logits[:, 500:600] = -torch.inf
+    probabilities = logits.softmax(-1)
+    params = [SamplingParams.model_validate({"max_tokens": 9, **one}) for one in FILTERS]
+    found = _by_value(probabilities, params)
+    assert torch.equal(found, _by_order(probabilities, params))
+    assert (found[0] > 0).sum() == 1 and 38 < (found[1] > 0).sum() <= 40  # the last may round away
+    assert 0 < (found[-1] > 0).sum() <= 333
+
+
+def test_of_equal_tokens_the_first_stay() -> None:
+    equal = torch.zeros(8)
+    found = [choose(sequence(seed=seed, top_k=3), logits=equal)[0] for seed in range(60)]
+    assert set(found) == {0, 1, 2}
+    equal[6] = 1.0
+    found = [choose(sequence(seed=seed, top_k=3), logits=equal)[0] for seed in range(60)]
+    assert set(found) == {0, 1, 6}
+
+
+class Sorts(TorchFunctionMode):
+    """Counts how often torch sorts."""
+
+    count = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.count += getattr(func, "__name__", "") in {"sort", "argsort"}
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_cpu_does_not_sort_tokens() -> None:
+    with Sorts() as sorts:
+        choose(sequence(top_p=0.5), sequence(top_k=2), sequence(min_p=0.1))
+    assert not sorts.count
 
 
 def test_a_row_does_not_depend_on_its_neighbours() -> None:

@@ -140,6 +140,19 @@ def test_a_malformed_update_is_never_loaded() -> None:
     assert bank.acquire(delta(0)) != OFF
 
 
+def test_a_sequence_whose_update_cannot_be_loaded_still_waits_in_its_queue() -> None:
+    one = scheduler()
+    waiting = sequence("bad", 2, 0.0, cluster=1)
+    key = AdapterKey("b", "h", 0, 0)
+    waiting.delta = LoraDelta(key, np.zeros((1, 2, 2), np.float16), np.full(4, np.inf, np.float16))
+    one.add(waiting)
+    with pytest.raises(DeltaError):
+        one.schedule(0.0)
+    one.check_integrity()
+    one.finish(waiting)
+    assert not one.has_work
+
+
 def test_random_traffic_keeps_every_invariant() -> None:
     random.seed(0)
     one = scheduler(blocks=24, adapters=3, max_sequences=4, max_queued=1000)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import httpx
 import pytest
@@ -18,11 +19,12 @@ async def test_a_new_bundle_comes_without_a_failed_request(struck: Struck) -> No
     newer = struck.bundle.with_name("newer")
     write_bundle(struck.model, newer, seed=1)
 
-    def keys() -> set[str]:
+    def clusters() -> list[dict[str, Any]]:
         answer = httpx.get(f"{struck.url}/v1/clusters", timeout=60).raise_for_status()
-        return {one["adapter_key"] for one in answer.json()["data"]}
+        served: list[dict[str, Any]] = answer.json()["data"]
+        return served
 
-    before = keys()
+    before = clusters()
     load = Load(struck.url, struck.body, callers=4)
     async with (
         httpx.AsyncClient(base_url=struck.url, timeout=120) as http,
@@ -31,10 +33,12 @@ async def test_a_new_bundle_comes_without_a_failed_request(struck: Struck) -> No
         long = asyncio.create_task(ask(http, struck.body(max_tokens=6000)))
         await asyncio.sleep(0.5)
         await asyncio.to_thread(struck.deploy, bundle=str(newer))
-        told = await ask(http, struck.body(adaptation=0))
+        served = clusters()
+        largest = max(served, key=lambda one: one["size"])
+        told = await ask(http, struck.body(adaptation=largest["id"]))
         assert (await long).kind == "done", "on the replica that it had begun on"
     assert counted(load.outcomes).keys() == {"done"}, [
         one for one in load.outcomes if one.kind != "done"
     ]
-    assert told.adaptation["adapter_key"] in keys()
-    assert not keys() & before
+    assert told.adaptation["adapter_key"] == largest["adapter_key"]
+    assert not {one["adapter_key"] for one in served} & {one["adapter_key"] for one in before}
