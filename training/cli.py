@@ -33,12 +33,8 @@ Licences = Annotated[Path | None, typer.Option(help=_LICENCES_HELP)]
 
 
 # Bundles that `evaluate` compares with.
-_PAPER_HELP = (
-    "A bundle of depth `paper` of the same base model, to compare with; no command trains one."
-)
 _BUDGET_HELP = "A bundle trained on the same tokens, whose static update has the whole budget."
 _HOLDOUT_HELP = "An evaluated bundle of the same recipe with domains held out."
-PaperBundle = Annotated[Path | None, typer.Option(help=_PAPER_HELP)]
 BudgetBundle = Annotated[Path | None, typer.Option(help=_BUDGET_HELP)]
 HoldoutBundle = Annotated[Path | None, typer.Option(help=_HOLDOUT_HELP)]
 
@@ -108,7 +104,6 @@ def evaluate(
     seed: Annotated[
         int | None, typer.Option(help="Of arrival order, controls and bootstrap.")
     ] = None,
-    paper: PaperBundle = None,
     budget: BudgetBundle = None,
     holdout: HoldoutBundle = None,
     record: Annotated[
@@ -137,7 +132,6 @@ def evaluate(
             variants=variants,
             counts={name: count for name, count in given.items() if count is not None},
             holdout=holdout,
-            paper=paper,
             budget=budget,
             record=record,
         )

@@ -24,7 +24,6 @@ def evaluate_bundle(
     variants: str | None,
     counts: Mapping[str, int],
     holdout: Path | None,
-    paper: Path | None,
     budget: Path | None,
     record: bool,
 ) -> None:
@@ -50,7 +49,6 @@ def evaluate_bundle(
         out=out,
         settings=checked_settings(chosen.model_dump() | given),
         holdout=holdout,
-        paper=paper,
         budget=budget,
         record=record,
     )

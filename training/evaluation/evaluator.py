@@ -10,7 +10,6 @@ import numpy as np
 from adapter_gen.bundle import Bundle
 from adapter_gen.update import SharedBases, UpdateSpec
 from cluster_router.embedding import TokenEmbedder
-from cluster_router.wire.types import FloatArray
 from training.base import FrozenBase
 from training.clusters import NO_CLUSTER, embed_contexts
 from training.data import Window
@@ -101,12 +100,10 @@ class Subject:
     Attributes:
         bundle: the subject; its bases alone are the static update.
         budget: a static update with the hypernetwork's whole trainable budget.
-        paper: a bundle of the paper's form.
     """
 
     bundle: Bundle
     budget: SharedBases | None = None
-    paper: Bundle | None = None
 
 
 class Evaluator:
@@ -131,16 +128,10 @@ class Evaluator:
         bundle = subject.bundle
         self._refinery = Refinery(bundle, settings.refine, self._scores, settings.seed)
         self._embedder = TokenEmbedder(base.embedding, bundle.token_weights)
-        paper = subject.paper
         self._baselines = Baselines(
             unadapted=Family.unadapted(bundle.spec),
             static=self._refinery.family,
             budget=None if subject.budget is None else _family(bundle.spec, subject.budget),
-            paper=(
-                None
-                if paper is None
-                else Refinery(paper, settings.refine, self._scores, settings.seed)
-            ),
         )
 
     def measure(self, groups: Sequence[Group]) -> list[Measured]:
@@ -161,21 +152,11 @@ class Evaluator:
     def _prepare(self, group: Group) -> _Prepared:
         embeddings = embed_contexts(group.windows, self._embedder)
         updates = SnapshotUpdates(self._refinery, group.windows, embeddings, self._settings)
-        found = snapshot_variants(
-            self._names, updates, self._baselines, self._paper(group.windows), group.windows
-        )
+        found = snapshot_variants(self._names, updates, self._baselines, group.windows)
         prepared = _Prepared(group, list(found), updates)
         if group.name in self._settings.stream.groups:
             self._add_stream(prepared)
         return prepared
-
-    def _paper(self, windows: Sequence[Window]) -> SnapshotUpdates | None:
-        refinery, bundle = self._baselines.paper, self._subject.paper
-        if refinery is None or bundle is None:
-            return None
-        embedder = TokenEmbedder(self._base.embedding, bundle.token_weights)
-        embeddings: FloatArray = embed_contexts(windows, embedder)
-        return SnapshotUpdates(refinery, windows, embeddings, self._settings)
 
     def _add_stream(self, prepared: _Prepared) -> None:
         settings, windows = self._settings, prepared.group.windows

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from adapter_gen.bundle import Bundle
 from adapter_gen.update import SharedBases
 from cluster_router.wire.errors import BundleError, SetupError
 from training.artefact import Artefact
@@ -38,7 +37,6 @@ class EvaluateJob:
         settings: of the evaluation.
         holdout: folder of a bundle of the same recipe with domains held out, already evaluated:
             its figures on those domains are carried over, named as what they are.
-        paper: folder of a bundle of the paper's form, to compare with.
         budget: folder of a bundle trained on the same tokens, whose static update alone has the
             hypernetwork's whole trainable budget.
         record: write the figures and the card into the bundle too.
@@ -50,7 +48,6 @@ class EvaluateJob:
     out: Path
     settings: EvaluateSettings = field(default_factory=EvaluateSettings)
     holdout: Path | None = None
-    paper: Path | None = None
     budget: Path | None = None
     record: bool = False
 
@@ -83,14 +80,8 @@ class EvaluateJob:
         return evaluation
 
     def _subject(self, artefact: Artefact, base: FrozenBase) -> Subject:
-        paper = None if self.paper is None else Bundle.load(self.paper, base.fingerprint)
-        if paper is not None and paper.spec.depth != "paper":
-            raise BundleError(
-                f"{self.paper} is of depth {paper.spec.depth!r}; name a bundle of depth 'paper'",
-                "paper",
-            )
         budget = None if self.budget is None else self._budget_static(artefact, base)
-        return Subject(artefact.bundle, budget, paper)
+        return Subject(artefact.bundle, budget)
 
     def _budget_static(self, artefact: Artefact, base: FrozenBase) -> SharedBases:
         assert self.budget is not None
@@ -145,10 +136,7 @@ class EvaluateJob:
         }
 
     def _left_out(self, done: set[str]) -> Iterator[tuple[str, str]]:
-        reasons = {
-            "budget_static": "no bundle of the whole budget was named (--budget)",
-            "paper": "no bundle of the paper's form was named (--paper)",
-        }
+        reasons = {"budget_static": "no bundle of the whole budget was named (--budget)"}
         for name in self.settings.chosen():
             if name not in done:
                 why = "no group of documents arrived as a stream"

@@ -28,7 +28,6 @@ SNAPSHOT_VARIANTS = {
     "noise": "a random update of the same norm as the cluster's",
     "own": "the hypernetwork conditioned on the document's own context alone",
     "merge": "the nearest clusters' updates, weighted by similarity",
-    "paper": "the paper's hypernetwork",
 }
 STREAM_VARIANTS = {
     "stream": "the hypernetwork on clusters formed online from earlier contexts",

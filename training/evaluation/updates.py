@@ -92,12 +92,6 @@ class Task:
 
 def zeros(spec: UpdateSpec) -> Generated:
     """The update (B = 1) that changes nothing."""
-    if spec.depth == "paper":
-        site = spec.sites[0]
-        return Generated(
-            lora_a=torch.zeros(1, spec.rank, site.in_features),
-            lora_b=torch.zeros(1, site.out_features, spec.rank),
-        )
     return Generated(
         cores=torch.zeros(1, len(spec.sites), spec.rank, spec.rank),
         shift=torch.zeros(1, spec.hidden_size),
@@ -110,10 +104,7 @@ def stack(updates: Sequence[Generated]) -> Generated:
 
 
 def blend(weights: Sequence[float], updates: Sequence[Generated]) -> Generated:
-    """The weighted sum of several updates (each B = 1).
-
-    Of the paper's form both factors are summed, which is not the sum of their products.
-    """
+    """The weighted sum of several updates (each B = 1)."""
 
     def combine(*tensors: torch.Tensor) -> torch.Tensor:
         total = torch.zeros_like(tensors[0])

@@ -170,20 +170,17 @@ class Baselines:
         unadapted: the base model.
         static: trained alone on the same tokens.
         budget: with the hypernetwork's whole trainable budget, where there is one.
-        paper: the paper's hypernetwork and its clusters, where there is one.
     """
 
     unadapted: Family
     static: Family
     budget: Family | None = None
-    paper: Refinery | None = None
 
 
 def snapshot_variants(
     names: Sequence[str],
     updates: SnapshotUpdates,
     baselines: Baselines,
-    paper: SnapshotUpdates | None,
     windows: Sequence[Window],
 ) -> list[Scored]:
     """Those of `names` that need no stream and for which there is what they need."""
@@ -200,8 +197,6 @@ def snapshot_variants(
     }
     if (budget := baselines.budget) is not None:
         makers["budget_static"] = lambda _: Update.static(budget)
-    if paper is not None:
-        makers["paper"] = paper.hyper
     return [
         Scored(name, [Task(window, makers[name](index)) for index, window in enumerate(windows)])
         for name in names

@@ -69,7 +69,7 @@ def test_it_writes_figures_a_report_plots_and_documents(finished: Path) -> None:
         assert f"| {name} | {nats:.4f} |" in report
     for domain in ("numbers", "secret"):
         assert f"| {domain} | 6 |" in report
-    assert "`paper`: not asked for" in report
+    assert "`merge`: not asked for" in report
     assert {"support", "arrived", "threshold", "reliability", "distribution"} <= set(
         unseen["curves"]
     )
@@ -217,8 +217,6 @@ def test_the_command_line(
     assert "| **mean** |" in capsys.readouterr().out
     assert main([*command, "--variants", "base,best"]) == 2
     assert "there is no variant 'best'" in capsys.readouterr().err
-    assert main([*command, "--paper", str(bundle)]) == 2
-    assert "of depth 'paper'" in capsys.readouterr().err
 
 
 def test_unknown_settings_are_refused(tmp_path: Path) -> None:
