@@ -15,8 +15,6 @@ from cluster_router.wire.types import AdapterKey, Assignment, ClusterInfo, Condi
 
 IndexFactory = Callable[[FloatArray], CentroidIndex]
 Mode = Literal["auto", "off"] | int
-Words = dict[tuple[int, int], tuple[str, ...]]
-"""Characteristic tokens by the id of a cluster and the version at which it last moved."""
 
 
 @dataclass(frozen=True)
@@ -27,20 +25,20 @@ class _Clusters:
     index: CentroidIndex
     describe: Describe
     described_from: int
-    words: Words = field(default_factory=dict)
+    words: dict[int, tuple[str, ...]] = field(default_factory=dict)
 
     def words_of(self, rows: Sequence[int]) -> list[tuple[str, ...]]:
         """Characteristic tokens of the clusters in `rows`, found when first asked for.
 
-        Those of a small cluster would say what few people wrote: it has none.
+        Those of a small cluster would say what few people wrote: it has none. An earlier snapshot's
+        are not taken over, though most would do: every router is to give the same.
         """
         large = self.snapshot.sizes >= self.described_from
-        names = _names(self.snapshot)
-        missing = [row for row in rows if large[row] and names[row] not in self.words]
+        missing = [row for row in rows if large[row] and row not in self.words]
         if missing:
-            found = self.describe(self.snapshot.directions[missing])
-            self.words.update(zip([names[row] for row in missing], found, strict=True))
-        return [self.words[names[row]] if large[row] else () for row in rows]
+            directions = self.snapshot.directions[missing]
+            self.words.update(zip(missing, self.describe(directions), strict=True))
+        return [self.words.get(row, ()) for row in rows]
 
 
 class Assigner:
@@ -74,7 +72,7 @@ class Assigner:
         self._describe = describe or _no_words
         self._described_from = described_from
         self._refined = refined or _never
-        self._clusters = self._build(snapshot, {})
+        self._clusters = self._build(snapshot)
 
     @property
     def snapshot(self) -> ClusterSnapshot:
@@ -92,7 +90,7 @@ class Assigner:
                 f"snapshot {snapshot.version} has embeddings of size {snapshot.dim}, "
                 f"this service embeds to {self.snapshot.dim}"
             )
-        self._clusters = self._build(snapshot, self._clusters.words)
+        self._clusters = self._build(snapshot)
 
     def assign(self, embedding: FloatArray, mode: Mode = "auto") -> Assignment:
         """Assign one prompt; depends on nothing but the arguments and the snapshot.
@@ -133,8 +131,8 @@ class Assigner:
     def table(self) -> tuple[ClusterSnapshot, list[ClusterInfo]]:
         """The snapshot, and every cluster of it in its order.
 
-        To find words for clusters that have moved takes a while: where an event loop must not wait,
-        call this in a thread, and `cluster` too.
+        To find words for the clusters of a new snapshot takes a while: where an event loop must not
+        wait, call this in a thread, and `cluster` too.
         """
         clusters = self._clusters
         return clusters.snapshot, self._infos(clusters, range(len(clusters.snapshot)))
@@ -148,11 +146,9 @@ class Assigner:
         clusters = self._clusters
         return self._infos(clusters, [_row(clusters.snapshot, cluster)])[0]
 
-    def _build(self, snapshot: ClusterSnapshot, words: Words) -> _Clusters:
-        """`words` are an earlier snapshot's: those of clusters that have not moved stay."""
+    def _build(self, snapshot: ClusterSnapshot) -> _Clusters:
         index = self._index_factory(snapshot.centroids)
-        kept = {name: words[name] for name in _names(snapshot) if name in words}
-        return _Clusters(snapshot, index, self._describe, self._described_from, kept)
+        return _Clusters(snapshot, index, self._describe, self._described_from)
 
     def _key(self, snapshot: ClusterSnapshot, row: int) -> AdapterKey:
         return self._key_of(snapshot, row, self._refined(int(snapshot.ids[row])))
@@ -199,11 +195,6 @@ class Assigner:
                 rows, ids, keys, refined, clusters.words_of(rows), strict=True
             )
         ]
-
-
-def _names(snapshot: ClusterSnapshot) -> list[tuple[int, int]]:
-    """See `Words`."""
-    return list(zip(snapshot.ids.tolist(), snapshot.versions.tolist(), strict=True))
 
 
 def _row(snapshot: ClusterSnapshot, cluster: int) -> int:

@@ -36,6 +36,7 @@ TITLES = {
     "router MiB": replica(APP, "ClusterRouter"),
     "proxy MiB": PROXY,
 }
+LONG = 400  # tokens of answers that nobody waits for the end of
 
 
 async def phase(name: str, url: str, make: Body, callers: int, seconds: float) -> dict[str, Any]:
@@ -119,7 +120,9 @@ async def measure(url: str, settings: Settings, args: argparse.Namespace) -> dic
     rows.append(await phase("over", url, make, args.times * capacity, args.seconds))
     recovered_s = await recovery(url, make, plain_s)
     rows.append(await phase("after", url, make, capacity, args.seconds / 2))
-    left = await leave(url, make, args.leavers, capacity, 2 * rows[1]["p50 s"])
+    left = await leave(
+        url, lambda: body(next(numbers), LONG), args.leavers, capacity, rows[1]["p50 s"]
+    )
     stats, freed_s = await idle()
     rows.append(await phase("after leavers", url, make, capacity, args.seconds / 2))
     return {

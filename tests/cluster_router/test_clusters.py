@@ -166,25 +166,22 @@ def test_info_names_clusters_by_the_direction_from_the_mean(
     assert np.array_equal(np.concatenate(seen), expected[[1, 0, 2]])
 
 
-def test_words_stay_where_a_cluster_has_not_moved(
+def test_a_router_that_has_seen_earlier_snapshots_describes_as_one_that_begins(
     make_snapshot: Callable[..., ClusterSnapshot],
 ) -> None:
-    described = []
-
     def describe(directions: np.ndarray) -> list[tuple[str, ...]]:
-        described.append(len(directions))
-        return [("word",)] * len(directions)
+        return [(f"{row.sum():.3f}",) for row in directions]
 
     first = make_snapshot(np.eye(3, 8))
-    assigner = Assigner(first, FaissIndex, "base", "hyper", describe)
-    before = assigner.clusters()
-    second = replace(first, version=8, versions=np.array([1, 8, 3]))
-    assigner.swap(replace(second, sizes=second.sizes + 1))
-    snapshot, after = assigner.table()
+    # The clusters are where they were, the mean of all traffic is not.
+    second = replace(first, version=8, mean=first.mean + 0.25)
+    old = Assigner(first, FaissIndex, "base", "hyper", describe)
+    before = old.clusters()
+    old.swap(second)
+    snapshot, after = old.table()
     assert snapshot.version == 8
-    assert [info.characteristic_tokens for info in after] == [("word",)] * 3
-    assert [info.size for info in after] == [info.size + 1 for info in before]
-    assert described == [3, 1], "only the one that has moved"
+    assert after == Assigner(second, FaissIndex, "base", "hyper", describe).clusters()
+    assert after[0].characteristic_tokens != before[0].characteristic_tokens
 
 
 def test_a_refined_cluster_has_the_key_of_its_refinement(
