@@ -8,18 +8,18 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from adapter_gen.generator import GeneratorStats
-from adapter_gen.refinery_worker import RefineryStatus
-from cluster_router.learning.worker import LearnerStatus
-from cluster_router.outbox import Outbox
 from cluster_router.tally import Key, StreamEnd
 from cluster_router.traffic import OTHER as MERGED
 from cluster_router.traffic import Traffic
 from cluster_router.wire.types import TokenizedRequest
 from deploy.metrics import NONE, OTHER, Meters
 
-# An engine brings the model classes with it, which only LM replicas need.
+# Each of these brings with it what only its own replicas need: torch, model classes, FAISS.
 if TYPE_CHECKING:
+    from adapter_gen.generator import GeneratorStats
+    from adapter_gen.refinery_worker import RefineryStatus
+    from cluster_router.learning.worker import LearnerStatus
+    from cluster_router.outbox import Outbox
     from lm_workers.engine import EngineStats
 
 INTERVAL_S = 2.0

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from cluster_router.console.increments import Increments
 from cluster_router.console.layout import ClusterMap, Points
 from cluster_router.console.reports import ClusterTable, Place, RouterReport
-from cluster_router.tenants import TenantAssigners
 from cluster_router.traffic import Traffic
+
+# It brings FAISS and torch with it, which the board does without.
+if TYPE_CHECKING:
+    from cluster_router.tenants import TenantAssigners
 
 PERIOD_S = 1.0
 

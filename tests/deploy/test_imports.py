@@ -17,6 +17,12 @@ def test_only_who_runs_a_model_imports_model_classes(module: str) -> None:
     assert done.stdout.split()[-1] == "False"
 
 
+def test_the_board_imports_neither_torch_nor_faiss() -> None:
+    code = "import sys, deploy.console; print({'torch', 'faiss'} & sys.modules.keys())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split()[-1] == "set()"
+
+
 def test_the_name_is_right() -> None:
     code = f"import sys, deploy.lm; print({MODEL_CLASSES!r} in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
