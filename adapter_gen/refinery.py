@@ -7,11 +7,12 @@ an update.
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from adapter_gen.hypernetwork import Generated
@@ -19,10 +20,21 @@ from adapter_gen.refine import Prompt, RefineConfig, Refiner
 from adapter_gen.update import LoraDelta
 from cluster_router.wire.types import AdapterKey, Conditioning, FloatArray
 
+IntArray = NDArray[np.int32]
 Place = tuple[str, int]
 """A namespace and the id of a cluster in it."""
 
 Generate = Callable[[AdapterKey, Conditioning], LoraDelta]
+
+
+def last_tokens(tokens: Sequence[int], most: int, lead: Sequence[int] = ()) -> IntArray:
+    """The last tokens of a prompt, int32, at most `most`; after its `lead` if it begins with that.
+
+    A model expects the tokens that its tokenizer puts before any text (BOS) wherever it is cut.
+    """
+    if len(tokens) > most and tuple(tokens[: len(lead)]) == tuple(lead):
+        tokens = [*lead, *tokens[len(lead) - most :]]
+    return np.array(tokens[-most:], np.int32)
 
 
 class RefineryConfig(BaseModel):

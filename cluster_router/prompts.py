@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 
@@ -28,6 +28,15 @@ class EncodedPrompt:
     content_tokens: tuple[int, ...]
 
 
+def leading_tokens(tokenizer: Callable[..., Mapping[str, Any]]) -> tuple[int, ...]:
+    """Token ids that a tokenizer itself puts before any text, such as BOS; many put none."""
+    text, whole = (
+        list(tokenizer("a", add_special_tokens=special)["input_ids"]) for special in (False, True)
+    )
+    places = [at for at in range(len(whole)) if whole[at : at + len(text)] == text]
+    return tuple(whole[: places[0]]) if places else ()
+
+
 class PromptEncoder:
     """Tokenises requests and refuses those the model cannot serve.
 
@@ -40,6 +49,9 @@ class PromptEncoder:
         context_length: most tokens the model takes, prompt and output together.
         vocab_size: token ids are valid below this.
         embedding_tokens: how many content tokens the embedding sees.
+
+    Attributes:
+        lead: see `leading_tokens`.
     """
 
     def __init__(
@@ -54,6 +66,7 @@ class PromptEncoder:
         self._vocab_size = vocab_size
         self._embedding_tokens = embedding_tokens
         self._special = frozenset(tokenizer.all_special_ids)
+        self.lead = leading_tokens(tokenizer)
 
     def encode(self, request: GenerateRequest) -> EncodedPrompt:
         """Tokenise `request` and check that it fits.

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections.abc import Sequence
 
-import numpy as np
 from ray.serve.handle import DeploymentHandle
 
 from adapter_gen.bundle import Bundle
 from adapter_gen.generator import AdapterGenerator
 from adapter_gen.refine import Refiner
-from adapter_gen.refinery import ClusterRefinery, Offered
+from adapter_gen.refinery import ClusterRefinery, Offered, last_tokens
 from adapter_gen.refinery_worker import RefineryStatus, RefineryWorker
 from cluster_router.outbox import Outbox
 from cluster_router.refinements import NewestRefinements, Refinement, RefinementStore
@@ -101,6 +101,7 @@ class RouterRefining:
         config: the settings.
         bundle: None where nothing can be adapted.
         refinery: None where nothing is refined.
+        lead: tokens that the tokenizer puts before any text.
 
     Attributes:
         outbox: what goes to the refinery; None where nothing is refined.
@@ -111,8 +112,9 @@ class RouterRefining:
         config: AppConfig,
         bundle: Bundle | None,
         refinery: DeploymentHandle | None,
+        lead: Sequence[int],
     ) -> None:
-        self._config = config.refinement
+        self._config, self._lead = config.refinement, lead
         self.outbox: Outbox[Offered] | None = None
         self._newest: NewestRefinements | None = None
         store = None if bundle is None else refinement_store(config, bundle)
@@ -144,13 +146,12 @@ class RouterRefining:
             return
         if chosen.key is None or chosen.conditioning is None or chosen.similarity is None:
             return
-        tokens = seen.prompt_tokens[-self._config.refinery.prompt_tokens :]
         self.outbox.add(
             Offered(
                 seen.namespace,
                 chosen.key,
                 chosen.conditioning,
                 seen.embedding,
-                np.array(tokens, np.int32),
+                last_tokens(seen.prompt_tokens, self._config.refinery.prompt_tokens, self._lead),
             )
         )

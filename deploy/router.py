@@ -77,7 +77,7 @@ class RouterReplica:
         embedding = load_embedding(path)
         prompts = _prompts(config, path, info, bundle)
         self._lm = RemoteWorker(lm, info.fingerprint)
-        self._refining = RouterRefining(config, bundle, refinery)
+        self._refining = RouterRefining(config, bundle, refinery, prompts.lead)
         describe = CharacteristicTokens(embedding, prompts.token_text)
         assigner = partial(_assigner, config, info, bundle, describe, self._refining)
         self._learning = RouterLearning(config.learner, bundle, learner, assigner)

@@ -7,7 +7,7 @@ import pytest
 
 from adapter_gen.hypernetwork import Generated
 from adapter_gen.refine import Refined
-from adapter_gen.refinery import ClusterRefinery, Offered, RefineryConfig
+from adapter_gen.refinery import ClusterRefinery, Offered, RefineryConfig, last_tokens
 from adapter_gen.update import LoraDelta
 from cluster_router.wire.errors import SetupError
 from cluster_router.wire.types import AdapterKey, Conditioning
@@ -146,6 +146,14 @@ def test_the_end_of_a_long_prompt_is_kept() -> None:
         kept.offer(one)
     kept.refine(OWN)
     assert lengths == [(CONFIG.prompt_tokens, 9)] * 8
+
+
+def test_what_the_tokenizer_puts_in_front_stays_there() -> None:
+    prompt = tuple(range(100))
+    assert last_tokens(prompt, 20).tolist() == [*range(80, 100)]
+    assert last_tokens(prompt, 20, (0, 1)).tolist() == [0, 1, *range(82, 100)]
+    assert last_tokens(prompt, 20, (7,)).tolist() == [*range(80, 100)], "it had none"
+    assert last_tokens(prompt[:20], 20, (0, 1)).tolist() == [*range(20)]
 
 
 def test_prompts_are_bounded_and_those_without_a_cluster_let_go() -> None:

@@ -24,6 +24,7 @@ def test_text_and_its_tokens_are_the_same_prompt(
     assert text.prompt_tokens == (0, *ids(tokenizer, "sail wind"))
     assert text.content_tokens == ids(tokenizer, "sail wind")
     assert prompts.encode(GenerateRequest(prompt_tokens=text.prompt_tokens)) == text
+    assert prompts.lead == (0,), "what is put before any text"
 
 
 def test_messages_are_read_through_the_template_but_judged_by_their_words(

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from cluster_router.prompts import leading_tokens
 from cluster_router.wire.errors import ConfigError
 from training.data.documents import (
     MIN_DOCUMENTS,
@@ -91,9 +92,7 @@ class WindowCutter:
     @cached_property
     def lead(self) -> tuple[int, ...]:
         """Token ids that the tokenizer puts before any text; in no count of `context`."""
-        text, whole = self._encode("a"), self._encode("a", special=True)
-        places = [i for i in range(len(whole)) if whole[i : i + len(text)] == text]
-        return tuple(whole[: places[0]]) if places else ()
+        return leading_tokens(self.tokenizer)
 
     @property
     def longest(self) -> int:
@@ -178,8 +177,8 @@ class WindowCutter:
                 return ids
             length *= 2
 
-    def _encode(self, text: str, special: bool = False) -> list[int]:
-        ids: list[int] = self.tokenizer(text, add_special_tokens=special)["input_ids"]
+    def _encode(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
 
     def _window(self, ids: list[int], context: int, domain: str) -> Window:
