@@ -36,7 +36,7 @@ from transformers import AutoModelForCausalLM
 
 model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base_model}"), ".")
 ```
-
+{base_remark}
 ## What this adapter carries
 
 {carried}
@@ -93,6 +93,7 @@ def export_peft(
     head_weight: Tensor,
     head_module: str = "lm_head",
     form: ExportForm = "whole",
+    base_remark: str = "",
 ) -> dict[str, bytes]:
     """The files of a PEFT LoRA adapter, by name.
 
@@ -110,6 +111,7 @@ def export_peft(
         head_module: module path of the LM head.
         form: what the reader can take, see ExportForm. The paper's form has no shift, so it is
             whole without `lora_bias`.
+        base_remark: what `README.md` says of the base model, one paragraph; nothing if empty.
 
     Returns:
         `adapter_config.json`, `adapter_model.safetensors`, `README.md` and `export.json`. The last
@@ -136,7 +138,7 @@ def export_peft(
     return {
         "adapter_config.json": _config(base_model, list(factors), spec.rank, alpha, lora_bias),
         "adapter_model.safetensors": _weights(factors, lora_bias),
-        "README.md": _card(delta, base_model, shift, form),
+        "README.md": _card(delta, base_model, base_remark, shift, form),
         MANIFEST: _manifest(delta, base_model, shift, form),
     }
 
@@ -253,7 +255,9 @@ def _config(base_model: str, modules: list[str], rank: int, alpha: float, lora_b
     )
 
 
-def _card(delta: LoraDelta, base_model: str, shift: _Shift | None, form: ExportForm) -> bytes:
+def _card(
+    delta: LoraDelta, base_model: str, base_remark: str, shift: _Shift | None, form: ExportForm
+) -> bytes:
     cluster = delta.key.cluster
     carried = _PAPER
     if shift is not None:
@@ -261,6 +265,7 @@ def _card(delta: LoraDelta, base_model: str, shift: _Shift | None, form: ExportF
         carried = _CARRIED[form].format(shift=size)
     return _CARD.format(
         base_model=base_model,
+        base_remark=f"\n{base_remark}\n" if base_remark else "",
         cluster="the static update" if cluster is None else f"cluster {cluster}",
         key=delta.key.id,
         carried=carried,

@@ -105,7 +105,11 @@ class ClusterRefinery:
         self._clusters: OrderedDict[Place, _Cluster] = OrderedDict()
 
     def offer(self, offered: Offered) -> None:
-        """Keep a prompt for its cluster; one without a cluster is let go."""
+        """Keep a prompt for its cluster; one without a cluster is let go, and one that it has.
+
+        A prompt that comes again and again would be both learned from and held back, and so gain
+        by being known by heart.
+        """
         if offered.key.cluster is None:
             return
         place = (offered.namespace, offered.key.cluster)
@@ -122,7 +126,10 @@ class ClusterRefinery:
         self._clusters.move_to_end(place)
         kept = self._clusters[place]
         kept.key, kept.conditioning = offered.key, offered.conditioning
-        kept.prompts.append(offered.tokens[-config.prompt_tokens :].astype(np.int32))
+        prompt = offered.tokens[-config.prompt_tokens :].astype(np.int32)
+        if any(np.array_equal(prompt, one) for one in kept.prompts):
+            return
+        kept.prompts.append(prompt)
         kept.embeddings.append(offered.embedding)
         kept.fresh += 1
 
@@ -160,7 +167,10 @@ class ClusterRefinery:
         return kept.key, refined.generated
 
     def _borrowed(self, place: Place) -> list[Prompt]:
-        """Prompts of the tenant's other clusters most like this one's, as many as there is room."""
+        """Prompts of the tenant's other clusters most like this one's, as many as there is room.
+
+        Each but once, and none that it has itself.
+        """
         kept = self._clusters[place]
         room = self._config.buffer - len(kept.prompts)
         centre = np.mean(np.stack(kept.embeddings), axis=0)
@@ -171,4 +181,12 @@ class ClusterRefinery:
             for prompt, embedding in zip(its.prompts, its.embeddings, strict=True)
         ]
         others.sort(key=lambda pair: -pair[0])
-        return [prompt for _, prompt in others[:room]]
+        taken = {prompt.tobytes() for prompt in kept.prompts}
+        borrowed: list[Prompt] = []
+        for _, prompt in others:
+            if len(borrowed) == room:
+                break
+            if (content := prompt.tobytes()) not in taken:
+                taken.add(content)
+                borrowed.append(prompt)
+        return borrowed

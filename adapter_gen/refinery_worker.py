@@ -14,7 +14,6 @@ from adapter_gen.codec import encode_delta
 from adapter_gen.hypernetwork import Generated
 from adapter_gen.refinery import ClusterRefinery, Offered, Place, RefineryConfig
 from adapter_gen.update import UpdateSpec
-from cluster_router.wire.errors import ChameleonError
 from cluster_router.wire.types import AdapterKey
 
 _MOST_WAITING = 4096
@@ -117,9 +116,11 @@ class RefineryWorker:
             else:
                 self._keep(place, *found)
                 self._refined += 1
-        except ChameleonError as error:
+        except Exception as error:  # whatever the client of an object store raises
             self._failed += 1
-            logger.error("cluster %d keeps the update it has: %s", place[1], error)
+            logger.error(
+                "cluster %d keeps the update it has: %s", place[1], str(error) or repr(error)
+            )
         return True
 
     def _keep(self, place: Place, key: AdapterKey, refined: Generated) -> None:

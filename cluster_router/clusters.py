@@ -124,10 +124,6 @@ class Assigner:
         row = _row(snapshot, cluster)
         return self._key(snapshot, row), snapshot.conditioning_of(row)
 
-    def clusters(self) -> list[ClusterInfo]:
-        """Every cluster of the snapshot, in its order; see `table`."""
-        return self.table()[1]
-
     def table(self) -> tuple[ClusterSnapshot, list[ClusterInfo]]:
         """The snapshot, and every cluster of it in its order.
 

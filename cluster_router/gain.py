@@ -1,7 +1,8 @@
 """GainProbe: what the clusters' updates are worth on live traffic, estimated on a few requests.
 
 After an answer has ended, its prompt is scored twice: under its cluster's own update and under the
-static one that all clusters share. The prompt and not the answer, which was drawn from one of them.
+static one that all clusters share. The prompt and not the answer, which was drawn from one of them;
+so a prompt that holds an earlier answer is not scored either.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class GainProbe:
 
     Nothing is kept of a prompt once it is scored, and no more than a few wait for that. Requests
     that may not be learned from are left alone, and so are those that did not choose their cluster
-    themselves, or ran under a stand-in, or are short.
+    themselves, ran under a stand-in, are short, or hold an earlier answer.
 
     Args:
         worker: scores. It refuses background requests while it has no room for them.
@@ -117,6 +118,7 @@ class GainProbe:
         chosen = end.adaptation
         return (
             chosen.mode == "cluster"
+            and not request.answered
             and not chosen.fallback
             and chosen.similarity is not None
             and end.error is None

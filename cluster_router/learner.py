@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -100,6 +101,15 @@ class CentroidLearner:
             self._published_at = self._clock
             self._snapshot = self._publish(self._snapshot.version + 1)
         return self._snapshot
+
+    def renumber(self, by: int) -> None:
+        """Add `by` to the id of every cluster there is or will be.
+
+        Only for a learner that has published nothing yet: ids are names.
+        """
+        self._table.ids += by
+        self._table.next_id += by
+        self._snapshot = replace(self._snapshot, ids=_frozen(self._snapshot.ids + by))
 
     def state(self) -> State:
         """What going on from the last snapshot takes beside it; holds no prompt's embedding.

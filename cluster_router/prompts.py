@@ -21,11 +21,13 @@ class EncodedPrompt:
 
     `prompt_tokens` is what the model reads. `content_tokens` is what the embedding sees: the
     caller's own words, without the chat template, without special tokens, and no more than the
-    encoder's `embedding_tokens` of them. Neither is empty.
+    encoder's `embedding_tokens` of them. Neither is empty. With `answered` one of the messages is
+    the assistant's, so that part of the prompt is an answer.
     """
 
     prompt_tokens: tuple[int, ...]
     content_tokens: tuple[int, ...]
+    answered: bool = False
 
 
 def leading_tokens(tokenizer: Callable[..., Mapping[str, Any]]) -> tuple[int, ...]:
@@ -35,6 +37,22 @@ def leading_tokens(tokenizer: Callable[..., Mapping[str, Any]]) -> tuple[int, ..
     )
     places = [at for at in range(len(whole)) if whole[at : at + len(text)] == text]
     return tuple(whole[: places[0]]) if places else ()
+
+
+def following_text(tokenizer: PreTrainedTokenizerBase) -> Callable[[int], str]:
+    """A function that gives the text of one token as it reads after another.
+
+    Alone, a decoder of SentencePiece's kind would cut its leading space, and with that all that
+    tells a word from a fragment of one.
+    """
+    before = list(tokenizer.encode("a", add_special_tokens=False))[-1:]
+    cut = str(tokenizer.decode(before))
+
+    def text(token: int) -> str:
+        both = str(tokenizer.decode([*before, token]))
+        return both[len(cut) :] if both.startswith(cut) else str(tokenizer.decode([token]))
+
+    return text
 
 
 class PromptEncoder:
@@ -67,6 +85,7 @@ class PromptEncoder:
         self._embedding_tokens = embedding_tokens
         self._special = frozenset(tokenizer.all_special_ids)
         self.lead = leading_tokens(tokenizer)
+        self._following = following_text(tokenizer)
 
     def encode(self, request: GenerateRequest) -> EncodedPrompt:
         """Tokenise `request` and check that it fits.
@@ -92,13 +111,13 @@ class PromptEncoder:
         return max(0, self._context_length - len(prompt_tokens))
 
     def token_text(self, token: int) -> str:
-        """Text of one token, decoded alone.
+        """Text of one token, see `following_text`.
 
         Raises:
             RequestError: the id lies outside the vocabulary.
         """
         self._check_ids([token], "token")
-        return str(self._tokenizer.decode([token]))
+        return self._following(token)
 
     def text(self, tokens: Sequence[int], special: bool = False) -> str:
         """Text of `tokens`, without special ones unless `special`."""
@@ -130,7 +149,11 @@ class PromptEncoder:
             content += self._tokenize(message.content, "messages", special=False)
         if not content:
             raise RequestError("the messages hold no text; send at least one token", "messages")
-        return EncodedPrompt(self._render(messages, str(template)), self._content(content))
+        return EncodedPrompt(
+            self._render(messages, str(template)),
+            self._content(content),
+            answered=any(message.role == "assistant" for message in messages),
+        )
 
     def _render(self, messages: Sequence[Message], template: str) -> tuple[int, ...]:
         turns = [message.model_dump(exclude_none=True) for message in messages]

@@ -135,7 +135,9 @@ class ClusterRouter:
         assigner = await self._assigners.ready(request.namespace)
         assignment = assigner.assign(embedding, request.adaptation)
         if request.learn:
-            seen = Observation(request.namespace, embedding, encoded.prompt_tokens, assignment)
+            seen = Observation(
+                request.namespace, embedding, encoded.prompt_tokens, assignment, encoded.answered
+            )
             for observe in self._observers:
                 observe(seen)
         return TokenizedRequest(
@@ -146,6 +148,7 @@ class ClusterRouter:
             timeout_s=request.timeout_s,
             namespace=request.namespace,
             learn=request.learn,
+            answered=encoded.answered,
         )
 
     def _encode(self, request: GenerateRequest) -> tuple[EncodedPrompt, FloatArray]:

@@ -99,8 +99,9 @@ class SnapshotStore:
                     continue  # the learner has just dropped it, for a newer one
             if damaged:
                 raise BundleError(
-                    f"every snapshot in {self._folder.root} is damaged; restore one, or remove "
-                    "them all to start from the bundle's clusters"
+                    f"every snapshot in {self._folder.root} is damaged; restore one, or stop the "
+                    "service, remove them all and the namespace's refined-* files, which are of "
+                    "clusters that are lost, and start it again from the bundle's clusters"
                 )
         return None
 

@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -18,6 +19,8 @@ NewerSnapshot = Callable[[str, int], ClusterSnapshot | None]
 raise SetupError."""
 
 logger = logging.getLogger(__name__)
+
+_READERS = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +58,8 @@ class TenantAssigners:
         self._assigners = OrderedDict({DEFAULT_NAMESPACE: make(DEFAULT_NAMESPACE)})
         self._failing: set[str] = set()
         self._readings: dict[str, _Reading] = {}
+        # Threads of its own: where the store hangs, others that need one do not.
+        self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="snapshot-reader")
 
     def of(self, namespace: str) -> Assigner:
         """The Assigner of `namespace`, as it is. One heard of first now begins to be read."""
@@ -87,10 +92,13 @@ class TenantAssigners:
 
     async def refresh(self, namespaces: Iterable[str]) -> None:
         """Take up what has been published for `namespaces`. What cannot be read is logged."""
+        loop = asyncio.get_running_loop()
         for name in namespaces:
             held = self._assigners.get(name)
             if held is not None:
-                self._use(name, await asyncio.to_thread(self._read, name, held.snapshot.version))
+                version = held.snapshot.version
+                read = loop.run_in_executor(self._readers, self._read, name, version)
+                self._use(name, await read)
 
     async def follow(self, interval_s: float) -> NoReturn:
         """Refresh every namespace each `interval_s`."""

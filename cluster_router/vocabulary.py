@@ -30,7 +30,7 @@ class CharacteristicTokens:
 
     Args:
         embedding: [vocab, d], the matrix the prompts were embedded with.
-        decode: text of one token.
+        decode: text of one token as it reads after another, its leading space with it.
         count: how many words to name.
     """
 

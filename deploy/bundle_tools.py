@@ -12,6 +12,7 @@ from adapter_gen.bundle import Bundle
 from adapter_gen.export import export_peft
 from adapter_gen.generator import AdapterGenerator
 from adapter_gen.storage import read_file, read_manifest, write_file
+from cluster_router.prompts import following_text
 from cluster_router.vocabulary import CharacteristicTokens
 from cluster_router.wire.errors import BundleError, ChameleonError, UnknownClusterError
 from cluster_router.wire.forms import ExportForm
@@ -20,6 +21,7 @@ from lm_workers.models import (
     load_embedding,
     load_lm_head,
     load_tokenizer,
+    public_model,
     resolve_model,
 )
 
@@ -89,7 +91,7 @@ def _words(bundle: Bundle, model: str) -> list[tuple[str, ...]]:
     folder = resolve_model(model)
     tokenizer = load_tokenizer(folder)
     embedding = load_embedding(folder)
-    describe = CharacteristicTokens(embedding, lambda token: str(tokenizer.decode([token])))
+    describe = CharacteristicTokens(embedding, following_text(tokenizer))
     return describe(bundle.snapshot.centroids - bundle.snapshot.mean)
 
 
@@ -159,7 +161,9 @@ def export_cluster(
     row = _row(bundle, cluster)
     conditioning = None if row is None else bundle.snapshot.conditioning_of(row)
     delta = AdapterGenerator(bundle).generate(bundle.key(bundle.snapshot, row), conditioning)
-    files = export_peft(delta, bundle.spec, bundle.bases, name, load_lm_head(folder), form=form)
+    base, remark = public_model(name)
+    head = load_lm_head(folder)
+    files = export_peft(delta, bundle.spec, bundle.bases, base, head, form=form, base_remark=remark)
     out.mkdir(parents=True)
     for file, data in files.items():
         write_file(out / file, data)

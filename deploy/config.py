@@ -110,7 +110,7 @@ class LearningConfig(BaseModel):
         batch_size: prompts that a router sends to the learner without further delay.
         batch_interval_s: longest that a prompt's embedding waits for others.
         buffer_size: most embeddings that wait in a router; beyond it the oldest are dropped.
-        max_namespaces: how many may learn, and how many a router keeps at once.
+        max_namespaces: how many may learn beside the default one, and how many a router keeps.
         clusters: settings of the clustering itself.
     """
 

@@ -22,7 +22,7 @@ from deploy.fit import load_bundle
 from deploy.logs import join_serve
 from deploy.refining import refinement_store
 from deploy.reporting import INTERVAL_S, GeneratorReporter, report_every
-from lm_workers.models import describe_model, load_lm_head, resolve_model
+from lm_workers.models import describe_model, load_lm_head, public_model, resolve_model
 
 
 class GeneratorReplica:
@@ -31,7 +31,7 @@ class GeneratorReplica:
     def __init__(self, config: AppConfig, board: DeploymentHandle | None = None) -> None:
         join_serve()
         self._path = resolve_model(config.model)
-        self._base_model = config.model
+        self._base_model, self._base_remark = public_model(config.model)
         bundle = load_bundle(config, describe_model(self._path, config.name))
         if bundle is None:
             raise BundleError("there is no bundle to generate from; set `bundle`")
@@ -46,6 +46,7 @@ class GeneratorReplica:
         self._refs: LRUCache[str, ray.ObjectRef] = LRUCache(
             max(1, config.generator.cache_bytes // (2 * bundle.spec.numbers_per_cluster))
         )
+        self._exporting = asyncio.Lock()
         self._reporter = GeneratorReporter()
         loop = asyncio.get_running_loop()
         self._tasks = [
@@ -82,11 +83,19 @@ class GeneratorReplica:
     ) -> bytes:
         """The update as a zip archive of a PEFT adapter."""
         delta = await self._generator.get(key, conditioning)
-        return await asyncio.to_thread(self._archive, delta, form)
+        async with self._exporting:  # one at a time: each holds an LM head in float32
+            return await asyncio.to_thread(self._archive, delta, form)
 
     def _archive(self, delta: LoraDelta, form: ExportForm) -> bytes:
         """Seconds of reading, multiplying and packing: not for the event loop."""
         bundle, head = self._bundle, load_lm_head(self._path)
-        return zip_files(
-            export_peft(delta, bundle.spec, bundle.bases, self._base_model, head, form=form)
+        files = export_peft(
+            delta,
+            bundle.spec,
+            bundle.bases,
+            self._base_model,
+            head,
+            form=form,
+            base_remark=self._base_remark,
         )
+        return zip_files(files)

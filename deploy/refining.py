@@ -29,7 +29,6 @@ from deploy.reporting import INTERVAL_S, RefineryReporter, report_every
 from lm_workers.device import pick_device
 from lm_workers.models import describe_model, load_causal_lm, resolve_dtype, resolve_model
 
-_NICENESS = 10
 _BATCH = 16
 
 
@@ -44,7 +43,7 @@ def refinement_store(config: AppConfig, bundle: Bundle) -> RefinementStore | Non
 
 
 class RefineryReplica:
-    """Serves a RefineryWorker. On a CPU it runs at low priority, beside the engine."""
+    """Serves a RefineryWorker. On a CPU it runs in what time the engine leaves."""
 
     def __init__(self, config: AppConfig) -> None:
         join_serve()
@@ -59,7 +58,8 @@ class RefineryReplica:
         refinery = config.refinement.refinery
         device = pick_device(config.refinement.device)
         if device == "cpu":
-            os.nice(_NICENESS)
+            # Below the engine, whose niceness is Linux's last (`deploy/placement.py`).
+            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
         model = load_causal_lm(path, resolve_dtype("auto", device), device)
         refiner = Refiner(model, bundle.spec, bundle.bases, refinery.refine)
         generator = AdapterGenerator(bundle, refined=store.load)
@@ -140,9 +140,12 @@ class RouterRefining:
         return self._newest.of(namespace, cluster)
 
     def observe(self, seen: Observation) -> None:
-        """Send a prompt that chose its own cluster to the refinery, if its namespace allows it."""
+        """Send a prompt that chose its own cluster to the refinery, if its namespace allows it.
+
+        None that holds an earlier answer: the update would learn from what was sampled under it.
+        """
         chosen = seen.assignment
-        if self.outbox is None or not self._config.allows(seen.namespace):
+        if self.outbox is None or not self._config.allows(seen.namespace) or seen.answered:
             return
         if chosen.key is None or chosen.conditioning is None or chosen.similarity is None:
             return

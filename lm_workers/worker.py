@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import heapq
 import logging
 import os
 import threading
 import time
-from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, replace
 from queue import Empty, SimpleQueue
@@ -27,6 +25,7 @@ from cluster_router.wire.errors import (
 )
 from cluster_router.wire.types import AdapterKey, Conditioning, TokenChunk, TokenizedRequest
 from lm_workers.engine import EngineStats, Failure, SteppedEngine
+from lm_workers.turns import Turns
 
 log = logging.getLogger(__name__)
 tracer = trace.get_tracer("chameleon.worker")
@@ -34,21 +33,13 @@ tracer = trace.get_tracer("chameleon.worker")
 Outcome = TokenChunk | Exception
 T = TypeVar("T")
 
-_PACE = 32
-"""Answers over whose ends the pace is taken."""
-
-_UNKNOWN_PACE_S = 0.1
-"""Seconds an answer, until the engine was first seen to be busy."""
-
-_LONGEST_WAIT_S = 60.0
-"""OpenAI's clients take no longer wait for an answer to how long they should."""
-
 _MOST_MISSING = 1024
 _FORGET_S = 60.0
 """After so long an update is asked for once more: the first call is taken for lost."""
 
-_MOST_FAILED = 3
-"""Steps that fail in a row before the thread ends: what is broken then stays broken."""
+_MOST_FAILED, _BROKEN_S = 3, 5.0
+"""Steps that fail in a row, and over how long, before the thread ends: that is no single request,
+sent again and again, but an engine that stays broken."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,11 +92,7 @@ class LMWorker:
         self._missing: LRUCache[str, None] = LRUCache(_MOST_MISSING)
         self._commands: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._streams: dict[str, tuple[asyncio.AbstractEventLoop, asyncio.Queue[Outcome]]] = {}
-        # The latest ends of answers while others waited: at no other time do they show the pace.
-        self._ends: deque[float] = deque(maxlen=_PACE)
-        self._pace_s = _UNKNOWN_PACE_S
-        # When those who were refused were told to come again, as a heap.
-        self._returns: list[float] = []
+        self._turns = Turns()
         self._ended, self._gate = False, threading.Lock()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
@@ -211,7 +198,7 @@ class LMWorker:
         if key is None:
             return None, None
         if spec is None:
-            return await self._delta(key, request.assignment.conditioning), None
+            return await self._delta(key, request.assignment.conditioning)
         own = self._hypernetwork or key.hypernetwork
         static = replace(key, hypernetwork=own, cluster=None, version=0, refinement="")
         if key == static:
@@ -219,7 +206,7 @@ class LMWorker:
         if key.hypernetwork != own:
             return LoraDelta.static(static, spec), static
         try:
-            return await self._delta(key, request.assignment.conditioning), None
+            return await self._delta(key, request.assignment.conditioning)
         except Exception as error:  # whatever befell it there or on the way here
             if key.id not in self._missing:
                 log.warning(
@@ -231,12 +218,14 @@ class LMWorker:
             self._missing[key.id] = None
             return LoraDelta.static(static, spec), static
 
-    async def _delta(self, key: AdapterKey, conditioning: Conditioning | None) -> LoraDelta:
-        """The update `key`. Requests that miss on the same one share a fetch, and its time."""
+    async def _delta(
+        self, key: AdapterKey, conditioning: Conditioning | None
+    ) -> tuple[LoraDelta, AdapterKey | None]:
+        """See `_update`. Requests that miss on the same update share a fetch, and its time."""
         delta = self._deltas.pop(key.id, None)
         if delta is not None:
             self._deltas[key.id] = delta  # put back last: the order is that of use
-            return delta
+            return delta, None
         clock = asyncio.get_running_loop().time
         fetch = self._fetching.get(key.id)
         if fetch is not None and clock() > fetch.begun + max(_FORGET_S, 2 * self._patience_s):
@@ -248,7 +237,8 @@ class LMWorker:
             fetch = self._fetching[key.id] = _Fetch(task, clock())
         # A caller that goes away, or waits no longer, leaves the fetch running for the others.
         async with asyncio.timeout_at(fetch.begun + self._patience_s):
-            return await asyncio.shield(fetch.task)
+            delta = await asyncio.shield(fetch.task)
+        return delta, None if delta.key == key else delta.key
 
     async def _fetch(self, key: AdapterKey, conditioning: Conditioning | None) -> LoraDelta:
         own = asyncio.current_task()
@@ -260,7 +250,8 @@ class LMWorker:
         if self._spec is not None:
             delta.check(self._spec)
         self._missing.pop(key.id, None)
-        if delta.nbytes <= self._deltas.maxsize:
+        # What stands in for a refined update is not kept: that one may be there again.
+        if delta.key == key and delta.nbytes <= self._deltas.maxsize:
             self._deltas[key.id] = delta
         return delta
 
@@ -284,24 +275,25 @@ class LMWorker:
 
     def _serve(self) -> None:
         """Obey and step until closed, or until the engine is broken."""
-        failed = 0
-        while failed < _MOST_FAILED and self._obey():
+        failed, since = 0, 0.0
+        while self._obey():
             if not self._engine.has_work:
                 continue
             try:
                 outcomes = self._engine.step()
             except Exception:
-                failed += 1
+                failed, since = failed + 1, since if failed else time.monotonic()
                 log.exception("an engine step failed; its requests are failed")
                 self._engine.abort_all()
                 for name in list(self._streams):
                     self._deliver(name, EngineError("the engine failed; please retry"))
+                if failed >= _MOST_FAILED and time.monotonic() - since >= _BROKEN_S:
+                    log.critical("%d engine steps failed in a row: this replica gives up", failed)
+                    return
                 continue
             failed = 0
             for one in outcomes:
                 self._deliver(one.request_id, one.error if isinstance(one, Failure) else one)
-        if failed == _MOST_FAILED:
-            log.critical("%d engine steps failed in a row: this replica gives up", failed)
 
     def _end(self) -> None:
         """Tell everybody that there will be no more; none may wait for a thread that is gone."""
@@ -320,7 +312,7 @@ class LMWorker:
         """Run waiting commands, waiting for one when idle; False once closed."""
         block = not self._engine.has_work
         if block:
-            self._returns.clear()  # an idle engine owes nobody a turn: who comes first is first
+            self._turns.idle()
         while True:
             try:
                 command = self._commands.get(block=block)
@@ -344,7 +336,8 @@ class LMWorker:
             self._streams[request.request_id] = loop, outcomes
             return
         except OverloadedError as full:
-            refusal = OverloadedError(full.message, full.param, self._turn_in())
+            turn_s = self._turns.next_in(self._engine.num_waiting)
+            refusal = OverloadedError(full.message, full.param, turn_s)
         except ChameleonError as refused:
             refusal = refused
         except Exception:
@@ -359,32 +352,12 @@ class LMWorker:
             del self._streams[name]
             self._engine.abort(name)
 
-    def _turn_in(self) -> float:
-        """Seconds after which who is refused now should come again.
-
-        By then, at the latest pace, all will have begun that wait now or were told to come before:
-        if all were told the same, all would come at once, and refusing them is work as well.
-        """
-        now = time.monotonic()
-        while self._returns and self._returns[0] <= now:
-            heapq.heappop(self._returns)
-        if len(self._ends) > 1:
-            self._pace_s = (now - self._ends[0]) / len(self._ends)
-        wait = max(1.0, self._pace_s * (self._engine.num_waiting + len(self._returns)))
-        if wait >= _LONGEST_WAIT_S:
-            return _LONGEST_WAIT_S
-        heapq.heappush(self._returns, now + wait)
-        return wait
-
     def _deliver(self, name: str, outcome: Outcome) -> None:
         loop, outcomes = self._streams[name]
         if isinstance(outcome, Exception) or outcome.finish_reason is not None:
             # Nothing is left to abort; and the next stream of this name is another one.
             del self._streams[name]
-            if self._engine.num_waiting:
-                self._ends.append(time.monotonic())
-            else:
-                self._ends.clear()
+            self._turns.ended(self._engine.num_waiting)
         _call(loop, outcomes.put_nowait, outcome)
 
 

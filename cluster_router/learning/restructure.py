@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +15,10 @@ from cluster_router.wire.types import FloatArray
 
 _REPLACE = 2.0  # at the limit, a newcomer must gain this many times what making room loses
 _THRESHOLD_RATE = 0.1  # so slow that novel traffic is spawned before the threshold lets it in
+# Traffic under one fixed prompt embeds all alike: at a cosine of 1 rounding alone would decide
+# which prompts belong to no cluster, and at a spread of 0 which clusters have drifted.
+_MAX_THRESHOLD = 1.0 - 1e-3
+_MIN_SPREAD = 1e-3
 NO_THRESHOLD = -1.0
 """Threshold of a fit that is still to be found: every prompt belongs to its nearest cluster."""
 
@@ -24,7 +29,8 @@ class Fit:
 
     Attributes:
         threshold: cosine under which a prompt belongs to no cluster.
-        spread: mean cosine distance between prompts and their centroids.
+        spread: mean cosine distance between prompts and their centroids; 0 until it is known,
+            from then on never under what rounding may make of it.
     """
 
     threshold: float
@@ -46,8 +52,8 @@ def restructure(
     estimate = float(np.percentile(view.similarities, config.threshold_percentile))
     rate = 1.0 if threshold == NO_THRESHOLD else _THRESHOLD_RATE
     inside = view.similarities[view.rows != OUTSIDE]
-    spread = 1.0 - float(inside.mean()) if len(inside) else fit.spread
-    return Fit(threshold + rate * (estimate - threshold), spread)
+    spread = max(_MIN_SPREAD, 1.0 - float(inside.mean())) if len(inside) else fit.spread
+    return Fit(min(_MAX_THRESHOLD, threshold + rate * (estimate - threshold)), spread)
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,6 +70,10 @@ class _Round:
     def _price(self) -> float:
         """What a new cluster must gain."""
         return self.config.split_gain * self.view.dispersion
+
+    @property
+    def _window_is_full(self) -> bool:
+        return len(self.view.rows) >= self.config.window
 
     def spawn(self) -> None:
         """Give traffic that resembles no cluster clusters of its own."""
@@ -90,10 +100,16 @@ class _Round:
         return not full
 
     def merge(self) -> None:
-        """Make one of the two clusters that are most nearly the same."""
+        """Make one of the two clusters that are most nearly the same.
+
+        Where a bundle began with more clusters than there may be, or the limit was lowered, one
+        cluster goes each time, as soon as a full window can tell which is the least useful.
+        """
         merge = cheapest_merge(self.view, self.config.min_size)
         if merge is not None and merge.loss < self.config.merge_loss * self.view.dispersion:
             self._vacate(merge.rows)
+        elif len(self.table) > self.config.max_clusters and self._window_is_full:
+            self._vacate(self._room(math.inf) or ())
 
     def split(self) -> None:
         """Split what is worth it: all there is room for, or else the best, in place of another."""
@@ -102,10 +118,10 @@ class _Round:
         found = [bisect(self.view.members(row), row, config.min_size) for row in rows]
         splits = [split for split in found if split and split.gain >= self._price]
         splits.sort(key=lambda split: -split.gain)
-        free = config.max_clusters - len(self.table)
+        free = max(0, config.max_clusters - len(self.table))
         for split in splits[:free]:
             self._apply(split)
-        if free <= 0 and splits:
+        if free == 0 and splits:
             room = self._room(splits[0].gain, keep=splits[0].row)
             if room is not None:
                 self._apply(splits[0])

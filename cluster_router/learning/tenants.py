@@ -16,13 +16,24 @@ from cluster_router.wire.types import DEFAULT_NAMESPACE, FloatArray
 
 _BLOCK = 10**9
 _FOLDER = re.compile(r"(\d+)-([0-9a-f]{32})")
+_CLAIM = "claimed"  # file that makes a folder appear, also in an object store
+_TRIES = 8
 
 
 @dataclass(eq=False)
 class _Tenant:
     learner: CentroidLearner
-    store: SnapshotStore
+    store: SnapshotStore | None  # None until it has a block of ids, at the first publishing
     saved: int  # version of the last snapshot that the store holds
+
+
+@dataclass(frozen=True, eq=False)
+class _Home:
+    """Where a namespace's clusters are, and the newest version there."""
+
+    store: SnapshotStore
+    block: int
+    version: int
 
 
 class TenantLearners:
@@ -30,13 +41,14 @@ class TenantLearners:
 
     Ids of different namespaces come from different blocks of 10^9, so neither a cluster id nor an
     adapter key ever means something in two of them. The default namespace keeps the bundle's ids.
-    Folders are named by block and a digest of the namespace, which so cannot be a path.
+    Folders are named by block and a digest of the namespace, which so cannot be a path. A block is
+    chosen when a namespace is first published, so that learners that share a folder choose apart.
 
     Args:
         start: the bundle's clusters, from which every namespace begins.
         uri: folder or URI for the snapshots; see SnapshotStore.
         config: the settings of every learner.
-        max_namespaces: how many may learn, to bound memory and files.
+        max_namespaces: how many may learn beside the default one, to bound memory and files.
         keep: snapshots kept of each.
     """
 
@@ -54,8 +66,6 @@ class TenantLearners:
         self._max = max_namespaces
         self._keep = keep
         self._tenants: dict[str, _Tenant] = {}
-        self._blocks = _blocks_in(self._uri)
-        self._blocks.setdefault(_digest(DEFAULT_NAMESPACE), 0)
 
     def learn(self, namespace: str, embeddings: FloatArray) -> None:
         """Learn from prompts [N, d] of one namespace, oldest first.
@@ -75,11 +85,16 @@ class TenantLearners:
                 another learner has published meanwhile, its clusters take the place of ours.
         """
         tenant = self._tenant(namespace)
-        if (tenant.store.latest_version() or 0) > tenant.saved:
+        home = _home(self._uri, namespace, self._keep)
+        if home is not None and home.version > tenant.saved:
             del self._tenants[namespace]
             raise SetupError(
                 f"another learner publishes under {self._uri}; give each service its own folder"
             )
+        if tenant.store is None:
+            block = _claim(self._uri, _digest(namespace))
+            tenant.learner.renumber(block * _BLOCK)
+            tenant.store = _store(self._uri, block, _digest(namespace), self._keep)
         snapshot = tenant.learner.snapshot()
         if snapshot.version > tenant.saved:
             tenant.store.save(Checkpoint(snapshot, tenant.learner.state()))
@@ -92,7 +107,8 @@ class TenantLearners:
 
     def _tenant(self, namespace: str) -> _Tenant:
         if namespace not in self._tenants:
-            if len(self._tenants) >= self._max:
+            others = sum(name != DEFAULT_NAMESPACE for name in self._tenants)
+            if namespace != DEFAULT_NAMESPACE and others >= self._max:
                 raise OverloadedError(
                     f"{self._max} namespaces learn already; raise max_namespaces", "namespace"
                 )
@@ -100,27 +116,26 @@ class TenantLearners:
         return self._tenants[namespace]
 
     def _open(self, namespace: str) -> _Tenant:
-        digest = _digest(namespace)
-        block = self._blocks.setdefault(digest, max(self._blocks.values()) + 1)
-        first = block * _BLOCK
-        store = SnapshotStore(f"{self._uri}/{block}-{digest}", self._keep)
-        checkpoint = store.load()
-        if checkpoint is not None:
+        home = _home(self._uri, namespace, self._keep)
+        checkpoint = None if home is None else home.store.load()
+        if home is not None and checkpoint is not None:
             # A newer one that is damaged now may have been served: what its version named is taken.
-            version = max(store.latest_version() or 0, checkpoint.snapshot.version)
+            version = max(home.version, checkpoint.snapshot.version)
             snapshot, state = replace(checkpoint.snapshot, version=version), checkpoint.state
+            first = home.block * _BLOCK
             return _Tenant(
-                CentroidLearner(snapshot, self._config, state or None, first), store, version
+                CentroidLearner(snapshot, self._config, state or None, first), home.store, version
             )
-        start = replace(self._start, ids=self._start.ids + first)
-        return _Tenant(CentroidLearner(start, self._config, None, first), store, start.version)
+        store = None
+        if namespace == DEFAULT_NAMESPACE:
+            store = _store(self._uri, 0, _digest(namespace), self._keep)
+        return _Tenant(CentroidLearner(self._start, self._config), store, self._start.version)
 
 
 def reader(uri: str, namespace: str = DEFAULT_NAMESPACE, keep: int = 3) -> SnapshotStore | None:
     """The store of a namespace under `uri`; None while nothing of it has been published."""
-    uri = uri.rstrip("/")
-    block = _blocks_in(uri).get(_digest(namespace))
-    return None if block is None else SnapshotStore(f"{uri}/{block}-{_digest(namespace)}", keep)
+    home = _home(uri.rstrip("/"), namespace, keep)
+    return None if home is None else home.store
 
 
 def newer(uri: str, namespace: str, version: int) -> ClusterSnapshot | None:
@@ -130,17 +145,66 @@ def newer(uri: str, namespace: str, version: int) -> ClusterSnapshot | None:
         BundleError: all that was published is damaged.
         SetupError: it cannot be listed.
     """
-    store = reader(uri, namespace)
-    if store is None or (store.latest_version() or 0) <= version:
+    home = _home(uri.rstrip("/"), namespace)
+    if home is None or home.version <= version:
         return None
-    checkpoint = store.load()
+    checkpoint = home.store.load()
     fresh = checkpoint is not None and checkpoint.snapshot.version > version
     return checkpoint.snapshot if checkpoint is not None and fresh else None
 
 
-def _blocks_in(uri: str) -> dict[str, int]:
+def _home(uri: str, namespace: str, keep: int = 3) -> _Home | None:
+    """Where learner and routers find a namespace; None while nothing of it has been published.
+
+    Two learners may once have given it a folder each: the one with the newer version counts, of
+    equals the one with the smaller block.
+    """
+    digest = _digest(namespace)
+    homes = []
+    for block, owner in _folders(uri):
+        if owner == digest:
+            store = _store(uri, block, digest, keep)
+            version = store.latest_version()
+            if version is not None:
+                homes.append(_Home(store, block, version))
+    return max(homes, key=lambda home: (home.version, -home.block), default=None)
+
+
+def _claim(uri: str, digest: str) -> int:
+    """A block of ids that no other namespace has or gets.
+
+    A learner first makes its folder, then looks for another of the same block. So of two that
+    choose the same one at the same moment, at least the later sees the earlier and goes on to the
+    next. What it leaves behind holds no snapshot, and nobody reads it.
+
+    Raises:
+        SetupError: the folder cannot be made or listed, or others were always there as well.
+    """
+    for _ in range(_TRIES):
+        taken, mine = _blocks(uri, digest)
+        block = min(mine - taken, default=max(taken | mine) + 1)
+        Folder(f"{uri}/{block}-{digest}").write(_CLAIM, b"")
+        taken, _ = _blocks(uri, digest)
+        if block not in taken:
+            return block
+    raise SetupError(f"other learners begin namespaces under {uri} all the time; try again")
+
+
+def _blocks(uri: str, digest: str) -> tuple[set[int], set[int]]:
+    """Blocks that other namespaces than that of `digest` have, 0 among them, and its own."""
+    folders = _folders(uri)
+    others = {block for block, owner in folders if owner != digest}
+    return others | {0}, {block for block, owner in folders if owner == digest}
+
+
+def _folders(uri: str) -> list[tuple[int, str]]:
+    """Block and digest of the namespace, of each folder under `uri`."""
     folders = map(_FOLDER.fullmatch, Folder(uri).names())
-    return {match[2]: int(match[1]) for match in folders if match}
+    return [(int(match[1]), match[2]) for match in folders if match]
+
+
+def _store(uri: str, block: int, digest: str, keep: int) -> SnapshotStore:
+    return SnapshotStore(f"{uri}/{block}-{digest}", keep)
 
 
 def _digest(namespace: str) -> str:

@@ -163,12 +163,14 @@ class Observation:
         embedding: float32 [d], of the prompt.
         prompt_tokens: the prompt, as the model reads it.
         assignment: what it runs under.
+        answered: an answer is part of the prompt, sampled perhaps from the update that would learn.
     """
 
     namespace: str
     embedding: FloatArray
     prompt_tokens: tuple[int, ...]
     assignment: Assignment
+    answered: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +179,8 @@ class TokenizedRequest:
 
     `timeout_s` is for the router itself: the seconds in which the answer must be complete.
     `namespace` and `learn` are the request's own. One that is `background` is refused where traffic
-    could feel it. With `whole` nobody sees any of the answer before it is complete.
+    could feel it. With `whole` nobody sees any of the answer before it is complete. The prompt of
+    one that is `answered` holds an earlier answer.
     """
 
     request_id: str
@@ -189,6 +192,7 @@ class TokenizedRequest:
     learn: bool = True
     background: bool = False
     whole: bool = False
+    answered: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,7 +218,8 @@ class TokenChunk:
     `logprobs` belong to `text`, but text that could still become a stop string is held back, so
     tokens may arrive ahead of their text. `prompt_logprobs` and `cached_tokens` (prompt tokens that
     a prefix cache held) come once, on the first chunk; so does `stand_in`, the key of the update
-    that an answer ran under in place of its own, which could not be had in time.
+    that an answer ran under in place of its own, which could not be had in time. `received_s` is
+    when a router received it, on that process's monotonic clock, where it was held back.
     """
 
     request_id: str
@@ -233,7 +238,8 @@ class TokenChunk:
 class Adaptation:
     """What adapted an answer: the part of an Assignment that callers see.
 
-    With `fallback` the cluster's own update could not be had in time, and the static one stood in.
+    With `fallback` the cluster's own update could not be had in time, and another stood in: the
+    static one, or for a refined update that is gone the one it was refined from.
     """
 
     mode: Literal["cluster", "static", "off"]

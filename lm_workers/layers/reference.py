@@ -19,6 +19,10 @@ _MOST_SLOTS = 2**17
 Torch's attention copies the keys and values that it reads.
 """
 
+_ALIGNED = frozenset({"cpu"})
+"""Where prompts too read keys in multiples of `KV_ALIGN`, so that in bfloat16 no number depends on
+the chunks they come in. On a GPU that takes a mask, with which torch writes every score out."""
+
 
 class ReferenceKernels:
     """See `Kernels`."""
@@ -182,13 +186,16 @@ def _prefill(
     window: int | None,
 ) -> torch.Tensor:
     """query [N, heads, head_dim], the last N of `length` tokens, over [L, kv_heads, head_dim]."""
-    if window is None or length <= window:
+    windowed = window is not None and length > window
+    if query.device.type not in _ALIGNED and not windowed:
         mask: torch.Tensor = causal_lower_right(len(query), length)
         keys, values = keys[:length], values[:length]
     else:
         positions = torch.arange(len(keys), device=query.device)
         ends = positions[length - len(query) : length, None]
-        mask = (positions <= ends) & (positions > ends - window)
+        mask = positions <= ends
+        if window is not None:
+            mask &= positions > ends - window
     query, keys, values = (one.transpose(0, 1).unsqueeze(0) for one in (query, keys, values))
     shared = query.shape[1] // keys.shape[1]
     if shared > 1 and not _takes_flash(query, keys, values, mask):

@@ -10,7 +10,7 @@ from lm_workers.models.load import (
     load_tokenizer,
     resolve_dtype,
 )
-from lm_workers.models.source import DEFAULT_MODEL, resolve_model
+from lm_workers.models.source import DEFAULT_MODEL, public_model, resolve_model
 
 __all__ = [
     "DEFAULT_MODEL",
@@ -23,6 +23,7 @@ __all__ = [
     "load_embedding",
     "load_lm_head",
     "load_tokenizer",
+    "public_model",
     "resolve_dtype",
     "resolve_model",
 ]

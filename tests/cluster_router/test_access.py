@@ -11,6 +11,7 @@ from typing import ClassVar
 import pytest
 import yaml
 from limits.aio.storage import MemoryStorage
+from limits.aio.storage.memory import Entry
 
 from cluster_router.access import ANYONE, Access, ApiKey, Caller, KeyFile, key_hash, read_keys
 from cluster_router.wire.errors import (
@@ -73,9 +74,14 @@ class SharedStorage(MemoryStorage):
     """What all processes name `shared://`, and what is wrong with it at this moment."""
 
     STORAGE_SCHEME: ClassVar[list[str]] = ["async+shared"]
+    kept: ClassVar[dict[str, list[Entry]]] = {}
     failure: Exception | None = None
     hangs = False
     asked = 0
+
+    def __init__(self, uri: str | None = None, **options: str) -> None:
+        super().__init__(uri, **options)
+        self.events = self.kept
 
     async def acquire_entry(self, *args: object, **options: object) -> bool:
         SharedStorage.asked += 1
@@ -86,12 +92,27 @@ class SharedStorage(MemoryStorage):
         return await super().acquire_entry(*args, **options)
 
 
+@pytest.fixture(autouse=True)
+def nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SharedStorage, "kept", {})
+    monkeypatch.setattr(SharedStorage, "asked", 0)
+
+
+async def test_a_shared_storage_counts_for_all_who_name_it() -> None:
+    doors = [Access(lambda: (BOUND,), "shared://") for _ in range(2)]
+    for door in (*doors, doors[0]):
+        await door.admit("Bearer secret-2")
+    for door in doors:
+        with pytest.raises(OverloadedError, match="'bound' is limited to 3 requests") as caught:
+            await door.admit("Bearer secret-2")
+        assert 1 <= caught.value.retry_after <= 60
+
+
 async def test_each_counts_for_itself_while_a_shared_storage_fails(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     now = 0.0
     door = Access(lambda: (BOUND,), "shared://", lambda: now)
-    monkeypatch.setattr(SharedStorage, "asked", 0)
     monkeypatch.setattr(SharedStorage, "failure", RuntimeError("connection refused"))
     for _ in range(3):
         await door.admit("Bearer secret-2")
@@ -108,6 +129,9 @@ async def test_each_counts_for_itself_while_a_shared_storage_fails(
     for _ in range(3):
         await door.admit("Bearer secret-2")
     assert "together again" in caplog.text
+    with pytest.raises(OverloadedError):
+        await door.admit("Bearer secret-2")
+    assert SharedStorage.asked == 6
 
 
 async def test_a_storage_that_does_not_answer_holds_up_nobody(

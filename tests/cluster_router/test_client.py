@@ -208,6 +208,16 @@ async def test_namespace_and_learn_are_passed_on(
     assert caught.value.param == "namespace"
 
 
+@pytest.mark.parametrize("method", ["generate", "stream"])
+async def test_the_deadline_is_passed_on(
+    ask: Callable[..., Coroutine], worker: Any, method: str
+) -> None:
+    await ask(method, "law", timeout_s=2.5)
+    await ask(method, "law")
+    sent = [(request.timeout_s, request.whole) for request in worker.requests]
+    assert sent == [(2.5, method == "generate"), (None, method == "generate")]
+
+
 async def test_clusters(ask: Callable[..., Coroutine]) -> None:
     assert [info.id for info in await ask("clusters")] == [10, 20]
 

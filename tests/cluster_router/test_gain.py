@@ -102,8 +102,9 @@ async def test_a_prompt_is_scored_both_ways(traffic: Traffic, scorer: ScoringWor
         asked(assignment=Assignment(STATIC, None, 0.1)),
         asked(assignment=Assignment(None)),
         asked(assignment=Assignment(KEY, 10, None)),
+        asked(answered=True),
     ],
-    ids=["learn false", "short", "static", "off", "forced"],
+    ids=["learn false", "short", "static", "off", "forced", "answered"],
 )
 async def test_what_does_not_fit_is_left_alone(
     traffic: Traffic, scorer: ScoringWorker, request_: TokenizedRequest

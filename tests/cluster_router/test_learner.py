@@ -189,6 +189,50 @@ def test_at_the_limit_newcomers_take_the_place_of_the_least_useful() -> None:
     assert cluster_of(snapshot, 0) is None
 
 
+def test_a_start_above_the_limit_shrinks_to_it() -> None:
+    """A bundle of many clusters, or a limit that was lowered."""
+    centroids = np.eye(DIM, dtype=np.float32)[:12]
+    sizes, versions = np.full(12, 50), np.ones(12, np.int64)
+    start = ClusterSnapshot(
+        1, np.arange(12), centroids, sizes, versions, centroids, centroids.mean(0), 0.5
+    )
+    changes = {"max_clusters": 8, "split_gain": 0.001, "merge_loss": 0.0003}
+    learner = CentroidLearner(start, CONFIG.model_copy(update=changes))
+    rng = np.random.default_rng(0)
+    shift = 0.4 * np.eye(DIM, dtype=np.float32)[12 + np.arange(12)]
+    counts = []
+    for seed in range(24):  # each of the twelve topics is worth a split
+        rows = mixed(range(12), 96, seed)
+        counts.append(len(learner))
+        learner.learn(unit(rows + rng.choice([-1, 1], (96, 1)) * shift[rows[:, :12].argmax(1)]))
+    assert counts[4] == 12, "before a full window has shown which are of use, all stay"
+    assert counts == sorted(counts, reverse=True)
+    assert len(learner) == 8
+
+
+@pytest.mark.parametrize("centre_after", [None, 256])
+def test_prompts_that_are_all_alike_belong_and_move_no_version(
+    bundle: ClusterSnapshot, centre_after: int | None
+) -> None:
+    """As under a long fixed system prompt, of which only the first tokens count."""
+    rng = np.random.default_rng(0)
+    alike = unit(np.eye(DIM)[[0, 1, 2]] + rng.normal(size=(3, DIM)) * 0.1)
+    learner = CentroidLearner(bundle, CONFIG.model_copy(update={"centre_after": centre_after}))
+    snapshots = []
+    for _ in range(40):
+        noise = rng.normal(size=(64, DIM)) * 1e-6  # more than rounding, less than a word
+        rows = unit(alike[rng.integers(0, 3, 64)] + noise)
+        learner.learn(rows)
+        snapshots.append(learner.snapshot())
+        snapshot = snapshots[-1]
+        nearest = (snapshot.project(rows) @ snapshot.centroids.T).max(1)
+        if len(snapshots) > 20:
+            assert (nearest >= snapshot.threshold).all()
+    assert snapshots[-1].threshold <= 1 - 1e-3
+    assert learner.state()["spread"][0] >= 1e-3, "drift is a share of it"
+    assert snapshots[-1].versions.tolist() == snapshots[20].versions.tolist()
+
+
 def test_outsiders_move_no_centroid(bundle: ClusterSnapshot) -> None:
     learner = CentroidLearner(bundle, CONFIG)
     learner.learn(topic(6, 4))

@@ -1,12 +1,14 @@
 """Namespaces share nothing but the bundle they began with."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from cluster_router.files import Folder
 from cluster_router.learning.config import LearnerConfig
-from cluster_router.learning.tenants import TenantLearners, reader
+from cluster_router.learning.tenants import TenantLearners, newer, reader
 from cluster_router.wire.errors import OverloadedError, SetupError
 from cluster_router.wire.snapshot import ClusterSnapshot
 
@@ -81,6 +83,104 @@ def test_every_namespace_survives_a_restart(
     assert all(not newcomer & set(before.ids.tolist()) for before in published.values())
 
 
+def taught(learners: TenantLearners, namespace: str, *numbers: int) -> ClusterSnapshot:
+    for number in numbers:
+        learners.learn(namespace, prompts(number))
+    return learners.publish(namespace)
+
+
+def folders(root: Path) -> list[str]:
+    """Blocks of the folders of namespaces, each with its digest."""
+    return sorted(path.name for path in root.iterdir())
+
+
+@pytest.mark.parametrize("learned_first", [False, True])
+def test_learners_that_share_a_folder_give_no_block_twice(
+    bundle: ClusterSnapshot, tmp_path: Path, learned_first: bool
+) -> None:
+    """As after a redeployment: both were there before the other gave a block away."""
+    first, second = (TenantLearners(bundle, str(tmp_path), CONFIG) for _ in range(2))
+    if learned_first:
+        second.learn("b", prompts(6))
+    mine, theirs = taught(first, "a", 5), taught(second, "b", 6)
+    assert not set(mine.ids.tolist()) & set(theirs.ids.tolist())
+    again = taught(second, "a", 7)
+    assert set(mine.ids.tolist()) <= set(again.ids.tolist())
+    assert len(folders(tmp_path)) == 2
+    found = newer(str(tmp_path), "a", mine.version)
+    assert found is not None
+    assert same(found, again)
+
+
+def test_a_block_taken_at_the_same_moment_is_given_up(
+    bundle: ClusterSnapshot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = Folder.write
+
+    def both_write(folder: Folder, name: str, data: bytes) -> None:
+        (tmp_path / f"1-{'f' * 32}").mkdir(exist_ok=True)
+        write(folder, name, data)
+
+    monkeypatch.setattr(Folder, "write", both_write)
+    learners = TenantLearners(bundle, str(tmp_path), CONFIG)
+    mine = taught(learners, "a", 5)
+    assert set(mine.ids.tolist()) >= {2 * 10**9, 2 * 10**9 + 1}
+    found = newer(str(tmp_path), "a", 0)
+    assert found is not None
+    assert same(found, mine)
+    assert same(TenantLearners(bundle, str(tmp_path), CONFIG).publish("a"), mine)
+
+
+def test_where_others_always_take_the_same_block_nothing_is_lost(
+    bundle: ClusterSnapshot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = Folder.write
+
+    def both_write(folder: Folder, name: str, data: bytes) -> None:
+        block = Path(folder.root).name.partition("-")[0]
+        (tmp_path / f"{block}-{'f' * 32}").mkdir(exist_ok=True)
+        write(folder, name, data)
+
+    learners = TenantLearners(bundle, str(tmp_path), CONFIG)
+    learners.learn("a", prompts(5))
+    with monkeypatch.context() as patched:
+        patched.setattr(Folder, "write", both_write)
+        with pytest.raises(SetupError, match="try again"):
+            learners.publish("a")
+    assert newer(str(tmp_path), "a", 0) is None
+    published = learners.publish("a")
+    assert published.centroids[:, 5].max() > 0.9
+    blocks = [int(name.partition("-")[0]) for name in folders(tmp_path)]
+    assert blocks.count(max(blocks)) == 1
+    assert published.ids.min() == max(blocks) * 10**9
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+def test_of_two_folders_of_a_namespace_all_take_the_newer(
+    learners: TenantLearners,
+    bundle: ClusterSnapshot,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    backwards: bool,
+) -> None:
+    """Earlier learners could make two. In which order they are listed is up to the store."""
+    old = taught(learners, "a", 5)
+    [name] = folders(tmp_path)
+    shutil.copytree(tmp_path / name, tmp_path / name.replace("1-", "7-", 1))
+    new = taught(learners, "a", 6)
+    assert new.version > old.version
+    names = Folder.names
+    monkeypatch.setattr(Folder, "names", lambda folder: sorted(names(folder), reverse=backwards))
+    found = newer(str(tmp_path), "a", 0)
+    assert found is not None
+    assert same(found, new)
+    restarted = TenantLearners(bundle, str(tmp_path), CONFIG)
+    assert same(restarted.publish("a"), new)
+    taught(restarted, "a", 7)
+    with pytest.raises(SetupError, match="another learner"):
+        taught(learners, "a", 8)
+
+
 def test_nothing_is_published_that_is_not_saved(bundle: ClusterSnapshot, tmp_path: Path) -> None:
     learners = TenantLearners(bundle, str(tmp_path / "state"), CONFIG)
     learners.learn("", prompts(5))
@@ -121,3 +221,4 @@ def test_the_number_of_namespaces_is_bounded(bundle: ClusterSnapshot, tmp_path: 
     with pytest.raises(OverloadedError, match="max_namespaces"):
         learners.learn("c", prompts(0))
     learners.learn("a", prompts(1))
+    learners.learn("", prompts(0))  # has a place of its own

@@ -1,9 +1,10 @@
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from cluster_router.prompts import PromptEncoder
+from cluster_router.prompts import PromptEncoder, following_text
 from cluster_router.wire.errors import ContextLengthError, RequestError
 from cluster_router.wire.types import GenerateRequest, Message, SamplingParams
 
@@ -41,6 +42,13 @@ def test_developer_speaks_as_system_where_the_template_knows_no_developer(
 ) -> None:
     developer, system = (prompts.encode(chat((role, "law"))) for role in ("developer", "system"))
     assert developer == system
+
+
+def test_a_prompt_that_holds_an_answer_says_so(prompts: PromptEncoder) -> None:
+    first, earlier = ("user", "sail wind"), ("assistant", "mast")
+    assert not prompts.encode(chat(("system", "law"), first)).answered
+    assert not prompts.encode(GenerateRequest(prompt="sail")).answered
+    assert prompts.encode(chat(first, earlier, ("user", "law"))).answered
 
 
 def test_a_prompt_of_special_tokens_alone_is_its_own_content(prompts: PromptEncoder) -> None:
@@ -119,6 +127,17 @@ def test_a_prompt_longer_than_the_context_is_itself_at_fault(prompts: PromptEnco
 
 
 def test_token_text(prompts: PromptEncoder, tokenizer: PreTrainedTokenizerFast) -> None:
-    assert prompts.token_text(ids(tokenizer, "judge")[0]) == "judge"
+    assert prompts.token_text(ids(tokenizer, "judge")[0]) == " judge"
     with pytest.raises(RequestError, match="12"):
         prompts.token_text(12)
+
+
+def test_a_token_keeps_its_leading_space_where_the_decoder_cuts_it_off() -> None:
+    """As Llama 2's and Mistral's do."""
+    vocabulary = {"<unk>": 0, "▁a": 1, "▁kitchen": 2, "ette": 3}
+    tokens = Tokenizer(models.WordLevel(vocabulary, "<unk>"))
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokens.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokens)
+    assert tokenizer.decode([2]) == "kitchen"
+    assert [following_text(tokenizer)(token) for token in (2, 3)] == [" kitchen", "ette"]

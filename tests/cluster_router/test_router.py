@@ -97,6 +97,16 @@ async def test_only_what_may_be_learned_from_is_shown(
     assert len(observed) == 2
 
 
+async def test_what_holds_an_earlier_answer_is_marked(
+    router: ClusterRouter, observed: list[Observation]
+) -> None:
+    first, answer = Message(role="user", content="sail"), Message(role="assistant", content="wind")
+    sampling = SamplingParams(max_tokens=1)
+    for turns in ((first,), (first, answer, first)):
+        prepared = await router.prepare(GenerateRequest(messages=turns, sampling=sampling))
+        assert prepared.answered == observed[-1].answered == (len(turns) > 1)
+
+
 async def test_unnamed_requests_get_distinct_ids(router: ClusterRouter) -> None:
     names = {(await router.prepare(ask())).request_id for _ in range(3)}
     assert len(names) == 3

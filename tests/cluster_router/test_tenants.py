@@ -55,7 +55,7 @@ async def test_a_namespace_sees_its_own_clusters_only(
         published.snapshots[name] = make_snapshot(np.eye(3, 8), version=4, first_id=first)
         tenants.of(name)
     await tenants.refresh(tenants.namespaces())
-    ids = {name: [info.id for info in tenants.of(name).clusters()] for name in ("", "a", "b")}
+    ids = {name: [info.id for info in tenants.of(name).table()[1]] for name in ("", "a", "b")}
     assert ids == {"": [10, 20], "a": [1000, 1010, 1020], "b": [2000, 2010, 2020]}
 
 
@@ -181,3 +181,21 @@ async def test_where_nothing_is_learned_all_keep_the_bundles(
     tenants.of("a")
     await tenants.refresh(tenants.namespaces())
     assert [tenants.of(name).snapshot.version for name in ("", "a")] == [1, 1]
+
+
+async def test_a_store_that_hangs_leaves_other_threads_alone(
+    make: Callable[[str], Assigner],
+) -> None:
+    release = threading.Event()
+
+    def hang(namespace: str, version: int) -> None:
+        release.wait(60)
+
+    tenants = TenantAssigners(make, hang, patience_s=0.01)
+    try:
+        for number in range(64):  # more than any executor of the loop's own has threads
+            await tenants.ready(f"tenant-{number}")
+        async with asyncio.timeout(10):
+            await asyncio.to_thread(tenants.of("").table)
+    finally:
+        release.set()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import threading
 import zipfile
 from pathlib import Path
@@ -34,5 +35,8 @@ async def test_an_adapter_is_packed_in_a_thread(
     finally:
         for task in replica._tasks:
             task.cancel()
-    assert "adapter_config.json" in zipfile.ZipFile(io.BytesIO(archive)).namelist()
+    files = zipfile.ZipFile(io.BytesIO(archive))
+    config = json.loads(files.read("adapter_config.json"))
+    assert config["base_model_name_or_path"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert b"quantised to 4 bits" in files.read("README.md")
     assert len(packed_in) == 1 and threading.get_ident() not in packed_in

@@ -148,9 +148,9 @@ def test_a_long_stop_string_costs_no_more_than_the_text(
     byte_fallback: PreTrainedTokenizerFast, stop: str
 ) -> None:
     answer = (["a"] * 999 + ["b"]) * 5
-    begun = time.process_time()
+    begun = time.thread_time()
     text = "".join(pieces_of(byte_fallback, ["a"], answer, stop))
-    assert time.process_time() - begun < 0.5
+    assert time.thread_time() - begun < 0.5
     assert text == "".join(answer)
 
 

@@ -149,6 +149,13 @@ async def test_steps_that_fail_in_a_row_end_the_worker(
 ) -> None:
     step, failing = engine.step, True
     monkeypatch.setattr(engine, "step", lambda: fail() if failing else step())
+    for number in range(4):  # one request, sent again and again within a moment, is no proof
+        with pytest.raises(EngineError):
+            await count(worker, request(f"again{number}"))
+        assert worker.alive
+    failing = False
+    await count(worker, request("between"))
+    monkeypatch.setattr("lm_workers.worker._BROKEN_S", 0.0)
     for turn in ("fails", "works", "fails", "ends"):
         failing = turn != "works"
         for number in range(1 if turn == "ends" else 2):

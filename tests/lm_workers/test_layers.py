@@ -13,7 +13,6 @@ from transformers import LlamaConfig
 
 from lm_workers.adapters import UpdateTargets
 from lm_workers.kv_cache import KVCache
-from lm_workers.layers.compiler import CompileError
 from lm_workers.layers.kernels import HeadNorms
 from lm_workers.layers.native import NATIVE_DTYPES, NativeKernels
 from lm_workers.layers.paged import PagedStep
@@ -31,11 +30,8 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
 
 
 @pytest.fixture
-def native(dtype: torch.dtype) -> NativeKernels:
-    try:
-        return NativeKernels(dtype, threads=2)
-    except CompileError as error:
-        pytest.skip(f"no compiled kernels: {error}")
+def native(cxx: str, dtype: torch.dtype) -> NativeKernels:
+    return NativeKernels(dtype, threads=2)
 
 
 def normal(*shape: int, dtype: torch.dtype, seed: int = 0, scale: float = 1.0) -> torch.Tensor:
@@ -215,8 +211,14 @@ class Attentions(TorchFunctionMode):
 @pytest.mark.parametrize("window", [None, 7, 100])
 @pytest.mark.parametrize(("heads", "kv_heads", "size"), [(9, 3, 64), (4, 4, 40)])
 def test_prompts_are_left_to_kernels_that_keep_no_scores(
-    dtype: torch.dtype, heads: int, kv_heads: int, size: int, window: int | None
+    dtype: torch.dtype,
+    heads: int,
+    kv_heads: int,
+    size: int,
+    window: int | None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("lm_workers.layers.reference._ALIGNED", frozenset())  # as on a GPU
     step = paged(dtype, SPANS, kv_heads, size)
     query = normal(66, heads, size, dtype=dtype, seed=7)
     with Attentions() as attentions:
@@ -228,6 +230,18 @@ def test_prompts_are_left_to_kernels_that_keep_no_scores(
         # Flash attention takes a causal mask that is no tensor; the next best, heads of their own.
         assert isinstance(mask, CausalBias) == (window is None or window >= length)
         assert queries == keys == heads
+
+
+@pytest.mark.parametrize("window", [None, 7])
+def test_in_bfloat16_no_bit_of_a_prompt_depends_on_its_chunks(window: int | None) -> None:
+    whole = paged(torch.bfloat16, [(70, 70)], 3, 64)
+    query = normal(70, 9, 64, dtype=torch.bfloat16, seed=7)
+    expected = REFERENCE.attend(query, whole, 0, 0.3, window)
+    for cut in (8, 17, 33, 40, 64):
+        first = replace(whole, spans=torch.tensor([[0, cut, cut]]), lengths=torch.tensor([cut]))
+        rest = replace(whole, spans=torch.tensor([[0, 70 - cut, 70]]))
+        assert torch.equal(REFERENCE.attend(query[:cut], first, 0, 0.3, window), expected[:cut])
+        assert torch.equal(REFERENCE.attend(query[cut:], rest, 0, 0.3, window), expected[cut:])
 
 
 @pytest.mark.gpu

@@ -128,7 +128,8 @@ async def test_close_ends_open_streams_and_later_ones(tiny_llama: Path) -> None:
 
 async def refusals(worker: LMWorker, burst: str) -> list[float]:
     """What those are told, one after the other, who are refused of 40 that come at once."""
-    streams = [worker.generate(request(f"{burst}{i}")) for i in range(40)]
+    long = {"max_tokens": 100, "ignore_eos": True}  # none ends before all are refused
+    streams = [worker.generate(request(f"{burst}{i}", **long)) for i in range(40)]
     firsts = await asyncio.gather(*(anext(one) for one in streams), return_exceptions=True)
     await asyncio.gather(*(one.aclose() for one in streams))
     return [one.retry_after for one in firsts if isinstance(one, OverloadedError)]
@@ -136,14 +137,16 @@ async def refusals(worker: LMWorker, burst: str) -> list[float]:
 
 async def test_each_who_is_refused_is_told_a_turn_of_its_own(worker: LMWorker) -> None:
     now = time.monotonic()
-    worker._ends.extend(now - 4 * ago for ago in range(32, 0, -1))  # one end each four seconds
+    worker._turns._ends.extend(
+        now - 4 * ago for ago in range(32, 0, -1)
+    )  # one end each four seconds
     told = await refusals(worker, "a")
     assert 8 * 4 <= told[0] < 8 * 4 + 2, "eight wait"
     before_the_last = [wait for wait in told if wait < 60]
     assert len(before_the_last) == 7
     assert np.diff(before_the_last) == pytest.approx(4, abs=0.5)
     assert set(told) == {*before_the_last, 60}, "nobody waits longer"
-    worker._returns[:] = [now] * 7  # the time of all of them has come
+    worker._turns._returns[:] = [now] * 7  # the time of all of them has come
     assert (await refusals(worker, "b"))[0] < 8 * 4 + 2
 
 
@@ -151,14 +154,14 @@ async def test_the_pace_is_that_of_an_engine_for_which_others_wait(worker: LMWor
     told = await refusals(worker, "a")
     assert told[0] == 1.0 and max(told) <= 0.1 * 40, "nothing is known of its pace"
     long_ago = time.monotonic() - 1000
-    worker._ends.extend(long_ago + second for second in range(32))
+    worker._turns._ends.extend(long_ago + second for second in range(32))
     await text(worker, request("alone"))
     assert max(await refusals(worker, "b")) <= 0.1 * (40 + len(told))
 
 
 async def test_an_idle_engine_remembers_its_pace_and_owes_nobody_a_turn(worker: LMWorker) -> None:
     now = time.monotonic()
-    worker._ends.extend(now - 4 * ago for ago in range(32, 0, -1))
+    worker._turns._ends.extend(now - 4 * ago for ago in range(32, 0, -1))
     assert max(await refusals(worker, "a")) == 60
     await text(worker, request("alone"))
     assert 8 * 4 <= (await refusals(worker, "b"))[0] < 8 * 4 + 2

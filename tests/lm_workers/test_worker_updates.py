@@ -43,12 +43,15 @@ class Source:
         self.open.set()
         self.failure: Exception | None = None
         self.value = 1.0
+        self.instead: str | None = None
 
     async def get(self, key: AdapterKey, conditioning: Conditioning | None) -> LoraDelta:
         self.asked.append(key.cluster)
         await self.open.wait()
         if self.failure is not None:
             raise self.failure
+        if self.instead is not None:
+            key = replace(key, refinement=self.instead)
         static = LoraDelta.static(key, self._spec)
         assert static.cores is not None
         return replace(static, cores=np.full_like(static.cores, self.value))
@@ -131,9 +134,14 @@ async def test_who_waits_too_long_runs_under_the_static_update_and_says_so(
     assert told(await chunks(worker, "joins", key(1))) == (STATIC, static)
     assert told(await late) == (STATIC, static)
     assert PATIENCE <= clock() - begun < 10 * PATIENCE
+    # With more patience, and a fetch that began long ago, one that waits anew is told from a slow
+    # machine.
+    worker._patience_s = 10.0
+    fetch = worker._fetching[key(1).id]
+    worker._fetching[key(1).id] = replace(fetch, begun=clock() - 11.0)
     begun = clock()
     assert told(await chunks(worker, "at once", key(1))) == (STATIC, static)
-    assert clock() - begun < PATIENCE, "the time is the fetch's, not each request's"
+    assert clock() - begun < 10.0, "the time is the fetch's, not each request's"
     assert source.asked == [1], "and it is still under way"
     assert len(caplog.records) == 1
 
@@ -176,3 +184,19 @@ async def test_an_update_that_fails_or_is_poisoned_is_never_applied(
     assert stand_in is None
     assert own != static
     assert source.asked == [1, 1], "the next request asks again"
+
+
+async def test_what_stands_in_for_a_lost_refinement_is_told_and_not_kept(
+    worker: LMWorker, source: Source
+) -> None:
+    refined = replace(key(1), version=0, refinement="cafe")
+    source.instead, source.value = "instead-of-it", 2.0
+    for name in "ab":
+        stand_in, instead = told(await chunks(worker, name, refined))
+        assert stand_in == replace(refined, refinement="instead-of-it")
+    source.instead, source.value = None, 1.0
+    stand_in, own = told(await chunks(worker, "c", refined))
+    assert stand_in is None and own != instead
+    assert source.asked == [1, 1, 1]
+    assert told(await chunks(worker, "d", refined)) == (None, own)
+    assert source.asked == [1, 1, 1], "the refined one is kept"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import subprocess
 import sys
@@ -18,12 +19,16 @@ import ray
 import torch
 import yaml
 from openai import AsyncOpenAI, OpenAI
+from ray import serve
+from reliability.processes import until
 from torch import nn
 
+from lm_workers.engine import EngineStats
 from lm_workers.models import load_causal_lm
 from training.base import FrozenBase
 
 ROOT = Path(__file__).parents[2]
+APP = "chameleon"
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,19 @@ class Service:
 
     def async_openai(self) -> AsyncOpenAI:
         return AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
+
+    def engines(self) -> list[EngineStats]:
+        """Of each LM replica, once it has made sure that nothing is lost or held twice."""
+        handle = serve.get_deployment_handle("LMReplica", APP)
+        found: list[EngineStats] = handle.broadcast("check_integrity").results(timeout_s=60)
+        return found
+
+    async def generated_once_idle(self) -> int:
+        """Tokens that the engines have generated when, within 30 s, they hold no request."""
+        await asyncio.to_thread(
+            until, lambda: not any(one.running or one.waiting for one in self.engines()), 30
+        )
+        return sum(one.generated_tokens for one in await asyncio.to_thread(self.engines))
 
 
 class Float32Base(FrozenBase):

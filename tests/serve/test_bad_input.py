@@ -33,7 +33,7 @@ CASES = {
         "completions",
         b'{"model": "smollm2-135m-instruct", "prompt": "\\ud800"}',
         400,
-        "",
+        "surrogate",
     ),
     "image": (
         "chat/completions",
@@ -62,6 +62,15 @@ def test_refused_clearly(service, name: str) -> None:
     assert set(error) == {"message", "type", "param", "code"}
     assert word in error["message"] + str(error["param"])
     assert error["type"] == "invalid_request_error"
+
+
+def test_an_answer_that_cannot_be_in_time_says_so(service) -> None:
+    body = COMPLETION | {"timeout_s": 0.001}
+    answer = httpx.post(f"{service.url}/v1/completions", json=body, timeout=30)
+    assert answer.status_code == 504, answer.text
+    error = answer.json()["error"]
+    assert (error["type"], error["code"]) == ("timeout_error", "deadline_exceeded")
+    assert error["param"] == "timeout_s" and "0.001 s" in error["message"]
 
 
 def test_unknown_paths_and_methods(service) -> None:

@@ -31,6 +31,17 @@ async def test_async_client(service) -> None:
     assert len(await client.clusters()) > 8
 
 
+async def test_a_stream_that_is_closed_frees_its_place(service) -> None:
+    before = await service.generated_once_idle()
+    sampling = SamplingParams(max_tokens=1500, ignore_eos=True)
+    streams = [connect().stream(f"Once upon a time {i}", sampling=sampling) for i in range(4)]
+    for stream in streams:
+        await anext(stream)
+        await stream.aclose()
+    generated = await service.generated_once_idle() - before
+    assert 4 <= generated < 1500, "not one should have run to its end"
+
+
 def test_sync_client_equals_http(service) -> None:
     client = connect_sync()
     messages = [Message(role="user", content="What is the capital of France?")]

@@ -80,7 +80,8 @@ def asked(service) -> dict[str, Any]:
     id = f"canary-{uuid4().hex}"
     headers = {"x-request-id": id}
     adapted = http.post("/v1/completions", json=body, headers=headers).raise_for_status().json()
-    unadapted = http.post("/v1/completions", json=body | {"adaptation": "off"}).json()
+    off = {"adaptation": "off", "max_tokens": 24, "ignore_eos": True}
+    unadapted = http.post("/v1/completions", json=body | off).raise_for_status().json()
     chat = {
         "model": service.model,
         "messages": [{"role": "user", "content": sql}],
@@ -204,9 +205,14 @@ def test_nothing_of_a_prompt_is_written_or_exported(
     found = [path for path in read if CANARY.encode() in path.read_bytes()]
     assert found == []
     answers = (asked["adapted"], asked["unadapted"])
-    for text in (answer["choices"][0]["text"].strip() for answer in answers):
-        if len(text) > 12:
-            assert [path for path in read if text.encode() in path.read_bytes()] == []
+    # A line of each, since logs escape line breaks.
+    adapted, unadapted = (
+        max(answer["choices"][0]["text"].splitlines(), key=len).strip() for answer in answers
+    )
+    assert len(unadapted) > 12
+    for line in (adapted, unadapted):
+        if len(line) > 12:
+            assert [path for path in read if line.encode() in path.read_bytes()] == []
 
 
 @pytest.fixture(scope="module")

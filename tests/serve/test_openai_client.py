@@ -94,13 +94,15 @@ def test_echo_scores_a_text(service) -> None:
 
 
 def test_n_stop_and_logprobs(service) -> None:
+    stop = ["er", "in", "on", "th"]  # no English of 40 tokens is without all of them
     answer = service.openai().chat.completions.create(
         model=service.model, messages=chat("Count from one to ten in words."), n=3, seed=5,
-        max_tokens=40, stop=["four", "4"], logprobs=True, top_logprobs=2,
+        max_tokens=40, stop=stop, logprobs=True, top_logprobs=2, extra_body={"ignore_eos": True},
     )  # fmt: skip
     assert [choice.index for choice in answer.choices] == [0, 1, 2]
+    assert "stop" in {choice.finish_reason for choice in answer.choices}
     for choice in answer.choices:
-        assert "four" not in choice.message.content
+        assert not any(one in choice.message.content for one in stop)
         assert all(len(entry.top_logprobs) == 2 for entry in choice.logprobs.content)
     assert len({choice.message.content for choice in answer.choices}) > 1
 
@@ -156,6 +158,7 @@ def test_client_errors_are_the_clients(service) -> None:
 
 async def test_a_client_that_leaves_frees_its_place(service) -> None:
     client = service.async_openai()
+    before = await service.generated_once_idle()
     for _ in range(40):  # more than the engine runs at one time
         stream = await client.completions.create(
             model=service.model, prompt=BANKING, max_tokens=1500, stream=True,
@@ -163,6 +166,8 @@ async def test_a_client_that_leaves_frees_its_place(service) -> None:
         )  # fmt: skip
         await anext(aiter(stream))
         await stream.close()
+    generated = await service.generated_once_idle() - before
+    assert 40 <= generated < 40 * 1500 / 2, "they should not have run to their ends"
     async with asyncio.timeout(30):
         answer = await client.completions.create(model=service.model, prompt="Hello", max_tokens=2)
     assert answer.usage.completion_tokens > 0

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cluster_router.console.counts import Counts, ended, progress
+from cluster_router.console.counts import SECONDS, Counts, ended, progress
 from cluster_router.wire.types import Adaptation
 
 
@@ -32,7 +32,7 @@ def test_latencies_are_within_a_bin(told: Any) -> None:
     seconds = np.random.default_rng(0).lognormal(-1, 1, 2000)
     counts = Counts.of(ended(told.end(first_token_s=one)) for one in seconds)
     for share in (0.5, 0.95):
-        assert counts.first_token_s(share) == pytest.approx(np.quantile(seconds, share), rel=0.42)
+        assert counts.first_token_s(share) == pytest.approx(np.quantile(seconds, share), rel=0.21)
 
 
 def test_similarities_are_within_a_bin(told: Any) -> None:
@@ -44,12 +44,21 @@ def test_similarities_are_within_a_bin(told: Any) -> None:
     assert counts.similarities.sum() == 2000
 
 
-@pytest.mark.parametrize("value", [0.0, 1e-9, 1e9])
-def test_what_lies_outside_is_counted_in_the_last_bin(value: float, told: Any) -> None:
-    assert Counts.of([ended(told.end(first_token_s=value))]).first_token_s(0.5) is not None
+@pytest.mark.parametrize("value", [-1.0, 0.0, 1e-9])
+def test_what_takes_no_time_is_counted_in_the_first_bin(value: float, told: Any) -> None:
+    found = Counts.of([ended(told.end(first_token_s=value))]).first_token_s(0.5)
+    assert found is not None and 0 < found < SECONDS[0]
 
 
-@pytest.mark.parametrize("value", [-1.0, 0.2, 1.0, 1.0000001])
-def test_cosines_outside_too(value: float, told: Any) -> None:
+@pytest.mark.parametrize("value", [240.0, 1e9])
+def test_what_takes_longer_than_all_bins_is_counted_in_the_last(value: float, told: Any) -> None:
+    found = Counts.of([ended(told.end(first_token_s=value))]).first_token_s(0.5)
+    assert found is not None and SECONDS[-2] < found < SECONDS[-1]
+
+
+@pytest.mark.parametrize(
+    ("value", "place"), [(-1.0, 0), (0.0, 0), (0.2, 0), (1.0, -1), (1.0000001, -1)]
+)
+def test_cosines_outside_too(value: float, place: int, told: Any) -> None:
     counts = Counts.of([ended(told.end(adaptation=Adaptation("cluster", 3, value)))])
-    assert counts.similarities.sum() == 1
+    assert counts.similarities.sum() == counts.similarities[place] == 1

@@ -100,7 +100,11 @@ async def test_the_state(http: httpx.AsyncClient) -> None:
 
 @pytest.mark.parametrize("params", [{"cluster": "x"}, {"cluster": -1}, {"namespace": "a\nb"}])
 async def test_what_makes_no_sense_is_refused(params: Any, http: httpx.AsyncClient) -> None:
-    assert (await http.get("/console/state", params=params)).status_code in (400, 422)
+    answer = await http.get("/console/state", params=params)
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert (error["type"], [error["param"]]) == ("invalid_request_error", list(params))
 
 
 async def test_figures_need_a_key(guarded: httpx.AsyncClient) -> None:

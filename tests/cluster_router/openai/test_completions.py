@@ -126,9 +126,11 @@ async def test_every_parameter_reaches_the_worker(client: AsyncOpenAI, worker: A
             "min_tokens": 2,
             "ignore_eos": True,
             "stop_token_ids": [4, 5],
+            "timeout_s": 2.5,
         },
     )
     [request] = worker.requests
+    assert request.timeout_s == 2.5
     assert request.sampling.model_dump() == {
         "max_tokens": 9,
         "min_tokens": 2,
@@ -149,16 +151,27 @@ async def test_every_parameter_reaches_the_worker(client: AsyncOpenAI, worker: A
     }
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_only_what_streams_may_be_seen_before_it_is_complete(
+    client: AsyncOpenAI, worker: Any, stream: bool
+) -> None:
+    answer = await complete(client, n=2, stream=stream)
+    if stream:
+        assert [event async for event in answer]
+    assert [request.whole for request in worker.requests] == [not stream] * 2
+
+
 async def test_null_means_the_default(http: httpx.AsyncClient, worker: Any) -> None:
     names = (
         "max_tokens temperature top_p stop n seed echo logprobs best_of suffix stream user "
-        "logit_bias stream_options top_k adaptation presence_penalty stop_token_ids"
+        "logit_bias stream_options top_k adaptation presence_penalty stop_token_ids timeout_s"
     )
     body = {"model": MODEL, "prompt": "x"} | dict.fromkeys(names.split())
     answer = await http.post("/v1/completions", json=body)
     assert answer.status_code == 200
     assert worker.requests[0].sampling.max_tokens == 16
     assert worker.requests[0].sampling.temperature == 1.0
+    assert worker.requests[0].timeout_s is None
 
 
 @pytest.mark.parametrize(("seed", "sent"), [(-1, 2**63 - 1), (2**63, 0), (10**30, 10**30 % 2**63)])

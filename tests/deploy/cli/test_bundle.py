@@ -51,7 +51,10 @@ def test_export(chameleon, default_model: Path, tmp_path: Path) -> None:
     result = chameleon("bundle", "export", DEFAULT_MODEL, 3, "--out", out, "--json")
     assert result.exit_code == 0
     assert set(json.loads(result.stdout)["files"]) == {path.name for path in out.iterdir()}
-    assert PeftConfig.from_pretrained(str(out)).r == 16
+    config = PeftConfig.from_pretrained(str(out))
+    assert config.r == 16
+    assert config.base_model_name_or_path == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert "quantised to 4 bits" in (out / "README.md").read_text()
     again = chameleon("bundle", "export", DEFAULT_MODEL, 3, "--out", out)
     assert again.exit_code == 2 and "name another folder" in again.stderr
     other = chameleon("bundle", "export", DEFAULT_MODEL, 99, "--out", tmp_path / "other")

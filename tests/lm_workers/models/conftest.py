@@ -251,5 +251,6 @@ def packaged(index: FileServer, tiny_gguf: Path) -> PackagedModel:
         wheel_sha256=file_sha256(wheel),
         member="tiny_model/tiny.gguf",
         gguf_sha256=file_sha256(tiny_gguf),
+        hub_id="test/base",
         notice="Made in a test.",
     )

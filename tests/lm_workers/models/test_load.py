@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GPT2Config
+from transformers import AutoModelForCausalLM
 
 from cluster_router.wire.errors import ConfigError, ModelError
 from lm_workers.models import (
@@ -72,12 +72,6 @@ def bare_gpt2(folder: Path, target: Path) -> Path:
     bare["h.0.attn.bias"] = torch.ones(1, 1, 128, 128)
     save_file(bare, target / "model.safetensors", {"format": "pt"})
     return target
-
-
-def test_gpt2_small_has_the_published_size() -> None:
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(GPT2Config())
-    assert model.num_parameters() == 124_439_808
 
 
 def spoil(folder: Path, name: str, value: float | None) -> None:
