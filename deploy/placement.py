@@ -12,8 +12,8 @@ from lm_workers.device import pick_device
 from lm_workers.vllm.config import VllmConfig
 
 NUM_CPUS = 0.5
-_NICENESS = 4
-"""Of an engine on a CPU beside other replicas: Ray starts all at 15, and 19 is the last."""
+_NICENESS = 2
+"""Of an engine on a CPU beside other replicas, all of which Ray starts at 15; 19 is the last."""
 
 
 def lm_resources(engine: EngineSettings) -> dict[str, float]:

@@ -29,6 +29,8 @@ from deploy.reporting import INTERVAL_S, RefineryReporter, report_every
 from lm_workers.device import pick_device
 from lm_workers.models import describe_model, load_causal_lm, resolve_dtype, resolve_model
 
+_NICENESS = 10
+"""To the last there is, 19, from Ray's 15 and below the engine's (`deploy/placement.py`)."""
 _BATCH = 16
 
 
@@ -43,7 +45,7 @@ def refinement_store(config: AppConfig, bundle: Bundle) -> RefinementStore | Non
 
 
 class RefineryReplica:
-    """Serves a RefineryWorker. On a CPU it runs in what time the engine leaves."""
+    """Serves a RefineryWorker. On a CPU it runs at low priority, beside the engine."""
 
     def __init__(self, config: AppConfig) -> None:
         join_serve()
@@ -58,8 +60,7 @@ class RefineryReplica:
         refinery = config.refinement.refinery
         device = pick_device(config.refinement.device)
         if device == "cpu":
-            # Below the engine, whose niceness is Linux's last (`deploy/placement.py`).
-            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+            os.nice(_NICENESS)
         model = load_causal_lm(path, resolve_dtype("auto", device), device)
         refiner = Refiner(model, bundle.spec, bundle.bases, refinery.refine)
         generator = AdapterGenerator(bundle, refined=store.load)

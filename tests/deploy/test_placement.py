@@ -48,7 +48,7 @@ def test_an_engine_on_one_device_takes_one_gpu_or_less(given: float | None) -> N
 
 
 def test_the_engine_on_a_cpu_alone_gives_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert lm_niceness(settings({"device": "cpu"}).engine) == 4
+    assert lm_niceness(settings({"device": "cpu"}).engine) == 2
     assert lm_niceness(settings({"backend": "vllm"}).engine) == 0, "it has processes of its own"
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     assert lm_niceness(settings({"device": "cuda"}).engine) == 0

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -128,9 +129,13 @@ async def test_close_ends_open_streams_and_later_ones(tiny_llama: Path) -> None:
 
 async def refusals(worker: LMWorker, burst: str) -> list[float]:
     """What those are told, one after the other, who are refused of 40 that come at once."""
-    long = {"max_tokens": 100, "ignore_eos": True}  # none ends before all are refused
-    streams = [worker.generate(request(f"{burst}{i}", **long)) for i in range(40)]
-    firsts = await asyncio.gather(*(anext(one) for one in streams), return_exceptions=True)
+    all_here = threading.Event()
+    worker._send(all_here.wait)  # until then the engine makes no step, so that none ends before
+    streams = [worker.generate(request(f"{burst}{i}", ignore_eos=True)) for i in range(40)]
+    coming = [asyncio.ensure_future(anext(one)) for one in streams]
+    await asyncio.sleep(0)  # each sends its request
+    all_here.set()
+    firsts = await asyncio.gather(*coming, return_exceptions=True)
     await asyncio.gather(*(one.aclose() for one in streams))
     return [one.retry_after for one in firsts if isinstance(one, OverloadedError)]
 
