@@ -80,7 +80,7 @@ class Counts:
         return self.numbers[_SIMILARITY]
 
     def first_token_s(self, share: float) -> float | None:
-        """Seconds within which `share` of the requests had their first token, within 21 %."""
+        """Seconds within which `share` of the requests had their first token, to a bin of 42 %."""
         return _quantile(self.numbers[_FIRST], SECONDS, 0.0, share)
 
     def similarity(self, share: float) -> float | None:
