@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -19,7 +20,7 @@ OFF = 0
 """Slot of rows that run unadapted: its numbers are zero, so the base output is unchanged."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class UpdateTargets:
     """The sites of a group of linear layers that are computed as one.
 
@@ -32,6 +33,17 @@ class UpdateTargets:
     targets: torch.Tensor
     u: torch.Tensor
     v: torch.Tensor
+
+    @cached_property
+    def places(self) -> torch.Tensor:
+        """`targets`, and the first column of each in `u`: int64 [G, 4], where `u` is."""
+        columns = self.targets[:, 2:]
+        return torch.cat([self.targets, columns.cumsum(0) - columns], 1).to(self.u.device)
+
+    @cached_property
+    def most_columns(self) -> int:
+        """Columns of the largest site."""
+        return int(self.targets[:, 2].max())
 
 
 class RowSlots:

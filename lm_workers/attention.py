@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface
 
 from cluster_router.wire.errors import ModelError
 from lm_workers.layers.kernels import Kernels
@@ -40,7 +40,7 @@ def paged_attention(
         module: the attention layer; `layer_idx` says which.
         query: [1, heads, T, head_dim]; key and value: [1, kv_heads, T, head_dim].
         kernels: do the work.
-        attention_mask: always None, see `PAGED`'s mask function.
+        attention_mask: always None, see below.
 
     Returns:
         [1, T, heads, head_dim] and None for the weights.
@@ -59,9 +59,6 @@ def paged_attention(
     return kernels.attend(query, paged, layer, scaling, sliding_window).unsqueeze(0), None
 
 
-def _no_mask(*args: object, **kwargs: object) -> None:
-    """The paged step says what each token may see; transformers need not build a mask."""
-
-
 AttentionInterface.register(PAGED, paged_attention)
-AttentionMaskInterface.register(PAGED, _no_mask)
+# There is no mask function of that name, so transformers builds no mask: the paged step says what
+# each token may see.

@@ -34,8 +34,8 @@ class EngineConfig(BaseModel):
         max_queued: requests waiting before new ones are refused.
         linear: layout of the weights. `packed` is laid out for this CPU's kernels, by oneDNN for
             bfloat16 and by our own for float32; `auto` takes it wherever it is possible.
-        kernels: what computes the rest of a layer. `native` is compiled C++ for a CPU; `auto` falls
-            back to `reference`, plain torch, where there is no compiler.
+        kernels: what computes the rest of a layer. `native` is compiled, C++ on a CPU and Triton on
+            a GPU; `auto` falls back to `reference`, plain torch, where there is no compiler.
         cuda_graphs: on a GPU, record decoding steps of each size and repeat them, which saves the
             time that Python takes to start their kernels; where that fails the log says why.
         cpu_threads: threads of one step on a CPU; None is every core this process may use, or as

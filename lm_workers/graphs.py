@@ -29,11 +29,6 @@ Recorder = Callable[[Repeat], Repeat]
 """Records a computation. That may run it, more than once. RuntimeError where it cannot."""
 
 _SMALLEST_CONTEXT = 256
-_MOST_SLOTS = 2**17
-"""Tokens of context that a recorded step reads, all rows together; a larger step is not recorded.
-
-Torch's attention copies the keys and values that it reads, once for every layer in turn.
-"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +122,7 @@ class DecodeGraphs:
         cache: KV tensors.
         block_size: tokens in a block.
         min_rows: fewest rows to compute at a time.
+        most_context: see `Kernels`; a step that reads more is not recorded.
     """
 
     def __init__(
@@ -136,9 +132,11 @@ class DecodeGraphs:
         cache: KVCache,
         block_size: int,
         min_rows: int,
+        most_context: int | None,
     ) -> None:
         self._compute, self._record = compute, record
         self._cache, self._block_size, self._min_rows = cache, block_size, min_rows
+        self._most_context = most_context
         self._recorded: dict[Bucket, tuple[DecodeInputs, Repeat]] = {}
         self._works = True
 
@@ -148,8 +146,8 @@ class DecodeGraphs:
         They hold until the next call. None where this step is not for graphs.
         """
         bucket = choose_bucket(spans, self._block_size, self._min_rows)
-        large = bucket.rows * bucket.blocks * self._block_size > _MOST_SLOTS
-        if not self._works or large:
+        context, most = bucket.rows * bucket.blocks * self._block_size, self._most_context
+        if not self._works or (most is not None and context > most):
             return None
         if bucket in self._recorded:
             inputs, repeat = self._recorded[bucket]

@@ -91,7 +91,9 @@ class ModelRunner:
         self._check_same(*reference, block_size)
         self._graphs: DecodeGraphs | None = None
         if record is not None:
-            self._graphs = DecodeGraphs(self._hidden, record, cache, block_size, self._min_rows)
+            self._graphs = DecodeGraphs(
+                self._hidden, record, cache, block_size, self._min_rows, kernels.most_context
+            )
 
     def check_context(self, max_context: int) -> None:
         """Refuse a longest text with which steps would not do; see `check_rope`."""

@@ -50,7 +50,9 @@ def choose_kernels(name: KernelsName, dtype: torch.dtype, device: str) -> Kernel
     """
     if name == "reference":
         return ReferenceKernels()
-    reason = f"they are for float32 and bfloat16 on a CPU, not for {dtype} on {device}"
+    if device.startswith("cuda"):
+        return _gpu_kernels(name)
+    reason = f"on a CPU they are for float32 and bfloat16, not for {dtype}"
     if device == "cpu" and dtype in NATIVE_DTYPES:
         try:
             return NativeKernels(dtype, torch.get_num_threads())
@@ -60,6 +62,20 @@ def choose_kernels(name: KernelsName, dtype: torch.dtype, device: str) -> Kernel
     if name == "native":
         raise ConfigError(f"kernels: native is not possible: {reason}; use auto", "kernels")
     return ReferenceKernels()
+
+
+def _gpu_kernels(name: KernelsName) -> Kernels:
+    try:
+        from lm_workers.layers.gpu import GpuKernels
+    except ImportError as error:
+        if name == "native":
+            raise ConfigError(
+                f"kernels: native needs Triton on a GPU ({error}); install triton, or use auto",
+                "kernels",
+            ) from error
+        log.warning("running without Triton's kernels, more slowly: %s", error)
+        return ReferenceKernels()
+    return GpuKernels()
 
 
 def _onednn_has_bfloat16() -> bool:

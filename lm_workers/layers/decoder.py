@@ -61,10 +61,10 @@ class DecoderLayer(nn.Module):
         self._norm, self._norm_eps = _norm(layer.input_layernorm)
         self._post_norm, self._post_eps = _norm(layer.post_attention_layernorm)
         # Not registered with torch, whose lookups and calls take longer than small products.
-        self._qkv = group([f"self_attn.{name}_proj" for name in "qkv"]).forward
-        self._out = group(["self_attn.o_proj"]).forward
-        self._gate_up = group(["mlp.gate_proj", "mlp.up_proj"]).forward
-        self._down = group(["mlp.down_proj"]).forward
+        self._qkv = group([f"self_attn.{name}_proj" for name in "qkv"]).leave
+        self._out = group(["self_attn.o_proj"]).leave
+        self._gate_up = group(["mlp.gate_proj", "mlp.up_proj"]).leave
+        self._down = group(["mlp.down_proj"]).leave
 
     def forward(
         self,
@@ -83,13 +83,14 @@ class DecoderLayer(nn.Module):
         kernels, residual = self._kernels, hidden_states[0]
         rotary = position_embeddings[0][0], position_embeddings[1][0]
         normed = kernels.rms_norm(residual, self._norm, self._norm_eps)
-        query = kernels.rotate_and_store(
-            self._qkv(normed), rotary, self._head_norms, paged, self._index
-        )
+        qkv, late = self._qkv(normed)
+        query = kernels.rotate_and_store(qkv, rotary, self._head_norms, paged, self._index, late)
         attended = kernels.attend(query, paged, self._index, self._scaling, self._window)
-        out = self._out(attended.flatten(1))
-        normed = kernels.add_rms_norm(residual, out, self._post_norm, self._post_eps)
-        residual += self._down(kernels.silu_mul(self._gate_up(normed)))
+        out, late = self._out(attended.flatten(1))
+        normed = kernels.add_rms_norm(residual, out, self._post_norm, self._post_eps, late)
+        gate_up, late = self._gate_up(normed)
+        down, late = self._down(kernels.silu_mul(gate_up, late))
+        kernels.add(residual, down, late)
         return hidden_states
 
 

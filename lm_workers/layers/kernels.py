@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 
@@ -20,18 +20,53 @@ class HeadNorms:
     eps: float
 
 
+@dataclass(frozen=True)
+class LateUpdate:
+    """An update that a group of linear layers has left to what reads its outputs.
+
+    Attributes:
+        low: V x [T, G * r], of the group's input x.
+        targets: the group's sites.
+        cores: [slots, sites, r, r].
+        slots: int64 [T]. Rows in slot 0 stay as they are.
+    """
+
+    low: torch.Tensor
+    targets: UpdateTargets
+    cores: torch.Tensor
+    slots: torch.Tensor
+
+
 class Kernels(Protocol):
     """Operations on T rows, each row independent of the others except through the KV cache.
 
-    Results are rounded to the model's dtype wherever transformers rounds them.
+    Results are rounded to the model's dtype wherever transformers rounds them. Where there is a
+    `late` update, it goes into the argument before anything else; that one may be overwritten.
+
+    Attributes:
+        late_rank: the largest rank of updates that are left to what reads the outputs; 0 for none.
+        most_context: tokens of context that a step of rows which decode may read, all together, to
+            be worth recording; None for any number.
     """
+
+    late_rank: ClassVar[int]
+    most_context: ClassVar[int | None]
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """x [T, d] -> [T, d]."""
         ...
 
+    def add(self, residual: torch.Tensor, x: torch.Tensor, late: LateUpdate | None) -> None:
+        """Add x [T, d] to `residual` in place."""
+        ...
+
     def add_rms_norm(
-        self, residual: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float
+        self,
+        residual: torch.Tensor,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        eps: float,
+        late: LateUpdate | None = None,
     ) -> torch.Tensor:
         """Add x to `residual` in place, and return the norm of the sum, [T, d]."""
         ...
@@ -43,6 +78,7 @@ class Kernels(Protocol):
         norms: HeadNorms | None,
         paged: PagedStep,
         layer: int,
+        late: LateUpdate | None = None,
     ) -> torch.Tensor:
         """Rotate queries and keys, and put keys and values into the cache.
 
@@ -67,7 +103,7 @@ class Kernels(Protocol):
         """Causal attention of query [T, heads, head_dim] over the cache -> the same shape."""
         ...
 
-    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+    def silu_mul(self, gate_up: torch.Tensor, late: LateUpdate | None = None) -> torch.Tensor:
         """gate_up [T, 2n] -> silu(gate) * up, [T, n]."""
         ...
 

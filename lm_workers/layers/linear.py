@@ -12,7 +12,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lm_workers.adapters import AdapterBank, RowSlots, UpdateTargets
-from lm_workers.layers.kernels import Kernels
+from lm_workers.layers.kernels import Kernels, LateUpdate
 
 _PACK_ROWS = 16
 """Rows that the packed layout is chosen for. The result is the same for any number."""
@@ -79,23 +79,36 @@ def weight_of(module: nn.Module) -> torch.Tensor:
 class RowUpdate:
     """What the update adds to the outputs of a group, row by row.
 
+    Attributes:
+        targets: the group's sites.
+
     Args:
         bank: the resident cores.
         rows: the step's slots.
         kernels: to apply them with.
-        targets: the group's sites.
+        targets: see above.
     """
 
     def __init__(
         self, bank: AdapterBank, rows: RowSlots, kernels: Kernels, targets: UpdateTargets
     ) -> None:
-        self._bank, self._rows, self._kernels, self._targets = bank, rows, kernels, targets
+        self._bank, self._rows, self._kernels, self.targets = bank, rows, kernels, targets
+
+    @property
+    def may_be_late(self) -> bool:
+        """Whether the kernels can apply it when they read the outputs."""
+        return self._bank.spec.rank <= self._kernels.late_rank
 
     def apply(self, y: torch.Tensor, x: torch.Tensor) -> None:
         """Change the outputs y [T, out] of x [T, in] in place."""
         slots = self._rows.tokens
         if slots is not None:
-            self._kernels.update(y, x, self._targets, self._bank.cores, slots)
+            self._kernels.update(y, x, self.targets, self._bank.cores, slots)
+
+    def late(self, low: torch.Tensor) -> LateUpdate | None:
+        """The update of outputs whose input gives V x = low [T, G * r]; None if no row has one."""
+        slots = self._rows.tokens
+        return None if slots is None else LateUpdate(low, self.targets, self._bank.cores, slots)
 
 
 class LinearGroup(nn.Module):
@@ -105,6 +118,8 @@ class LinearGroup(nn.Module):
         members: `nn.Linear` or `Conv1D`.
         layout: of the weights.
         update: None leaves the outputs as they are.
+        late: the outputs' reader takes care of the update if it can: `leave` is called, not the
+            module. The V of the sites are multiplied together with the weights then.
     """
 
     def __init__(
@@ -112,13 +127,18 @@ class LinearGroup(nn.Module):
         members: Sequence[nn.Module],
         layout: type[Product],
         update: RowUpdate | None,
+        late: bool = False,
     ) -> None:
         super().__init__()
         weights = [weight_of(member) for member in members]
-        self._update = update
+        biases: list[object] = [member.bias for member in members]
+        self._update, self._late = update, late and update is not None and update.may_be_late
+        self._width = sum(map(len, weights))
+        if update is not None and self._late:
+            weights, biases = [*weights, update.targets.v], [*biases, None]
         # A lone weight stays where it is: it may be the embedding's.
         weight = torch.cat(weights) if len(weights) > 1 else weights[0]
-        self._product = layout(weight, _stacked_bias(weights, [one.bias for one in members]))
+        self._product = layout(weight, _stacked_bias(weights, biases))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in] -> [..., out], the members' outputs side by side."""
@@ -127,6 +147,14 @@ class LinearGroup(nn.Module):
         if self._update is not None:
             self._update.apply(y, rows)
         return y if x.dim() == 2 else y.unflatten(0, x.shape[:-1])
+
+    def leave(self, x: torch.Tensor) -> tuple[torch.Tensor, LateUpdate | None]:
+        """x [T, in] -> [T, out], and the update that is not in it, if one is not."""
+        if not self._late or self._update is None:
+            return self.forward(x), None
+        y = self._product(x)
+        low = y[:, self._width :]
+        return y[:, : self._width], self._update.late(low)
 
 
 def _stacked_bias(weights: Sequence[torch.Tensor], biases: Sequence[object]) -> torch.Tensor | None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+from typing import ClassVar
 
 import torch
 
 from lm_workers.adapters import UpdateTargets
 from lm_workers.layers.compiler import compile_library
-from lm_workers.layers.kernels import HeadNorms
+from lm_workers.layers.kernels import HeadNorms, LateUpdate
 from lm_workers.layers.paged import PagedStep
 
 NATIVE_DTYPES = {torch.float32: "FLOAT32", torch.bfloat16: "BFLOAT16"}
@@ -37,6 +38,9 @@ class NativeKernels:
         CompileError: there is no compiler that takes the source.
     """
 
+    late_rank: ClassVar[int] = 0
+    most_context: ClassVar[int | None] = None
+
     def __init__(self, dtype: torch.dtype, threads: int) -> None:
         library = compile_library("native.cpp", NATIVE_DTYPES[dtype])
         for name, signature in _SIGNATURES.items():
@@ -55,10 +59,21 @@ class NativeKernels:
         """See `Kernels`."""
         return self._norm(None, x, weight, eps)
 
+    def add(self, residual: torch.Tensor, x: torch.Tensor, late: LateUpdate | None) -> None:
+        """See `Kernels`."""
+        assert late is None
+        residual += x
+
     def add_rms_norm(
-        self, residual: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float
+        self,
+        residual: torch.Tensor,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        eps: float,
+        late: LateUpdate | None = None,
     ) -> torch.Tensor:
         """See `Kernels`."""
+        assert late is None
         return self._norm(residual.data_ptr(), x, weight, eps)
 
     def _norm(
@@ -79,8 +94,10 @@ class NativeKernels:
         norms: HeadNorms | None,
         paged: PagedStep,
         layer: int,
+        late: LateUpdate | None = None,
     ) -> torch.Tensor:
         """See `Kernels`. The queries stay where they are in `qkv`."""
+        assert late is None
         keys, values = paged.cache.keys[layer], paged.cache.values[layer]
         _, kv_heads, size = keys.shape
         rows, stride = len(qkv), qkv.stride(0)
@@ -117,8 +134,9 @@ class NativeKernels:
         )  # fmt: skip
         return out
 
-    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+    def silu_mul(self, gate_up: torch.Tensor, late: LateUpdate | None = None) -> torch.Tensor:
         """See `Kernels`."""
+        assert late is None
         rows, size = len(gate_up), gate_up.shape[1] // 2
         out = gate_up.new_empty(rows, size)
         self._silu_mul(

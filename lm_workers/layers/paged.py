@@ -40,6 +40,12 @@ class PagedStep:
     lengths: torch.Tensor
     tables: torch.Tensor
 
+    def slots_of(self, span: int, length: int) -> torch.Tensor:
+        """Cache slots [length] of the first tokens of one span's sequence."""
+        blocks = self.tables[span, : -(-length // self.block_size)]
+        offsets = torch.arange(self.block_size, device=blocks.device)
+        return (blocks[:, None] * self.block_size + offsets).flatten()[:length]
+
     @cached_property
     def token_slots(self) -> torch.Tensor:
         """Cache slots [S, L] of each span's sequence, padded to a multiple of `KV_ALIGN`."""

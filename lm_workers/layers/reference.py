@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +11,7 @@ from torch.backends.cuda import SDPAParams, can_use_flash_attention
 from torch.nn.attention.bias import CausalBias, causal_lower_right
 
 from lm_workers.adapters import UpdateTargets
-from lm_workers.layers.kernels import HeadNorms
+from lm_workers.layers.kernels import HeadNorms, LateUpdate
 from lm_workers.layers.paged import KV_ALIGN, PagedStep
 
 _MOST_SLOTS = 2**17
@@ -27,17 +28,30 @@ the chunks they come in. On a GPU that takes a mask, with which torch writes eve
 class ReferenceKernels:
     """See `Kernels`."""
 
+    late_rank: ClassVar[int] = 0
+    most_context: ClassVar[int | None] = _MOST_SLOTS
+
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """See `Kernels`."""
         wide = x.float()
         scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
         return weight * (wide * scale).to(x.dtype)
 
+    def add(self, residual: torch.Tensor, x: torch.Tensor, late: LateUpdate | None) -> None:
+        """See `Kernels`."""
+        _catch_up(x, late)
+        residual += x
+
     def add_rms_norm(
-        self, residual: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float
+        self,
+        residual: torch.Tensor,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        eps: float,
+        late: LateUpdate | None = None,
     ) -> torch.Tensor:
         """See `Kernels`."""
-        residual += x
+        self.add(residual, x, late)
         return self.rms_norm(residual, weight, eps)
 
     def rotate_and_store(
@@ -47,8 +61,10 @@ class ReferenceKernels:
         norms: HeadNorms | None,
         paged: PagedStep,
         layer: int,
+        late: LateUpdate | None = None,
     ) -> torch.Tensor:
         """See `Kernels`."""
+        _catch_up(qkv, late)
         _, kv_heads, size = paged.cache.keys[layer].shape
         heads = qkv.unflatten(-1, (-1, size))
         query, key, value = heads.split([heads.shape[1] - 2 * kv_heads, kv_heads, kv_heads], 1)
@@ -75,11 +91,12 @@ class ReferenceKernels:
         slots = paged.token_slots[decoding:]
         for (start, stop, length), row in zip(spans[decoding:], slots, strict=True):
             keys, values = paged.cache.read(layer, row[: _aligned(length)])
-            parts.append(_prefill(query[start:stop], keys, values, length, scaling, window))
+            parts.append(prefill(query[start:stop], keys, values, length, scaling, window))
         return torch.cat(parts)
 
-    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+    def silu_mul(self, gate_up: torch.Tensor, late: LateUpdate | None = None) -> torch.Tensor:
         """See `Kernels`."""
+        _catch_up(gate_up, late)
         gate, up = gate_up.chunk(2, -1)
         return F.silu(gate) * up
 
@@ -95,13 +112,20 @@ class ReferenceKernels:
         cores: torch.Tensor,
         slots: torch.Tensor,
     ) -> None:
-        """See `Kernels`. Slot 0 holds zeros."""
-        rank, width = cores.shape[-1], 0
-        low = F.linear(x, targets.v).unflatten(-1, (-1, rank, 1))
-        for number, (site, first, columns) in enumerate(targets.targets.tolist()):
-            inner = torch.bmm(cores[slots, site], low[:, number]).squeeze(-1)
-            y[:, first : first + columns] += inner @ targets.u[:, width : width + columns]
-            width += columns
+        """See `Kernels`."""
+        _catch_up(y, LateUpdate(F.linear(x, targets.v), targets, cores, slots))
+
+
+def _catch_up(y: torch.Tensor, late: LateUpdate | None) -> None:
+    """Put an update into the outputs y [T, out] that it is of. Slot 0 holds zeros."""
+    if late is None:
+        return
+    targets, rank, width = late.targets, late.cores.shape[-1], 0
+    low = late.low.unflatten(-1, (-1, rank, 1))
+    for number, (site, first, columns) in enumerate(targets.targets.tolist()):
+        inner = torch.bmm(late.cores[late.slots, site], low[:, number]).squeeze(-1)
+        y[:, first : first + columns] += inner @ targets.u[:, width : width + columns]
+        width += columns
 
 
 def _rotate(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
@@ -177,7 +201,7 @@ def _decode(
     return out.reshape(query.shape)
 
 
-def _prefill(
+def prefill(
     query: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,

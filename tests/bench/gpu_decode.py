@@ -5,8 +5,8 @@
 
 Models have random weights; nothing is downloaded. On a GPU it also decodes without CUDA graphs, to
 compare; `--set cuda_graphs=false` leaves them out everywhere. Writes gpu_decode.json and
-gpu_decode.md to `--out`. Without a CUDA device it says so and ends with status 2, unless `--device
-cpu`.
+gpu_decode.md to `--out`, and with `--profile` the time of each kernel to profile-SHAPE.txt. Without
+a CUDA device it says so and ends with status 2, unless `--device cpu`.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     add("--repeats", type=int, default=3)
     add("--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings of the engine")
     add("--scratch", type=Path, help="folder with room for a model (16 GB for llama-8b)")
+    add("--profile", action="store_true", help="also time each kernel at the largest batch")
     add("--out", type=Path, default=Path("runs/gpu_decode"))
     return parser.parse_args(words)
 
@@ -98,6 +99,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         report["bandwidth_gb_per_s"][shape] = bench.bandwidth
         report["decode"] += bench.decode()
         report["serve"] += bench.serve()
+        if args.profile:
+            (args.out / f"profile-{shape}.txt").write_text(bench.profile())
         del bench
         gc.collect()
         if args.device.startswith("cuda"):
@@ -111,8 +114,8 @@ def main() -> None:
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         print(f"torch {torch.__version__} sees no CUDA device here: nothing was measured")
         sys.exit(2)
-    report = run(args)
     args.out.mkdir(parents=True, exist_ok=True)
+    report = run(args)
     (args.out / "gpu_decode.json").write_text(json.dumps(report, indent=1) + "\n")
     (args.out / "gpu_decode.md").write_text(markdown(report))
     print(markdown(report))

@@ -24,6 +24,7 @@ from lm_workers.build import build_engine
 from lm_workers.config import EngineConfig
 from lm_workers.engine import Engine
 from lm_workers.graphs import Bucket, Repeat, choose_bucket
+from lm_workers.layers.reference import ReferenceKernels
 from lm_workers.models import load_causal_lm
 from lm_workers.sequence import Span
 
@@ -169,7 +170,7 @@ def test_a_longer_context_takes_a_larger_graph(
     asked = [(request(prompts(1)[0][:10], max_tokens=50, ignore_eos=True), None)]
     found = answers(build_engine(tiny_llama, CONFIG), asked)
     assert recorder.recorded == 3  # contexts of 16, 32 and 64 tokens
-    monkeypatch.setattr("lm_workers.graphs._MOST_SLOTS", 0)
+    monkeypatch.setattr("lm_workers.layers.reference.ReferenceKernels.most_context", 0)
     again = [(request(asked[0][0].prompt_tokens, max_tokens=50, ignore_eos=True), None)]
     assert answers(build_engine(tiny_llama, CONFIG), again) == found
     assert recorder.recorded == 3
@@ -201,6 +202,23 @@ def test_what_cannot_be_recorded_is_computed_and_the_log_says_why(
     assert not recorder.repeated
     again = [(request(one.prompt_tokens), None) for one, _ in asked]
     assert answers(engine, again) == found
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's kernels run on the GPU there")
+def test_the_kernels_for_a_gpu_give_the_tokens_of_the_reference(
+    tiny_checkpoints: dict[str, Path], family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton", reason="needs Triton")
+    from lm_workers.layers.gpu import GpuKernels
+
+    spec, bases, deltas = update_of(tiny_checkpoints[family])
+    found = []
+    for kernels in (ReferenceKernels(), GpuKernels()):
+        monkeypatch.setattr(build, "choose_kernels", lambda *_, kernels=kernels: kernels)
+        engine = build_engine(tiny_checkpoints[family], CONFIG, (spec, bases))
+        found.append(answers(engine, mixed(deltas)[:4]))
+    assert found[0] == found[1]
 
 
 def test_buckets() -> None:

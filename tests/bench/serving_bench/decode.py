@@ -130,6 +130,17 @@ class ShapeBench:
         engine.prepare(Workload(requests, output_tokens, batch))
         return decode_seconds(engine, requests, steps, output_tokens)
 
+    def profile(self) -> str:
+        """Time on the device by kernel, over one run at the largest batch, a cluster for each row.
+
+        Prefill is in it too.
+        """
+        batch = max(self._args.batches)
+        self._decode_once(batch, batch, 0)  # records what it will repeat
+        with torch.profiler.profile() as found:
+            self._decode_once(batch, batch, 1)
+        return found.key_averages().table(sort_by="self_device_time_total", row_limit=40)
+
     def _row(
         self, batch: int, clusters: int | str | None, seconds: list[float], base: float
     ) -> dict[str, Any]:
