@@ -51,7 +51,7 @@ def choose_kernels(name: KernelsName, dtype: torch.dtype, device: str) -> Kernel
     if name == "reference":
         return ReferenceKernels()
     if device.startswith("cuda"):
-        return _gpu_kernels(name)
+        return _gpu_kernels(name, dtype, device)
     reason = f"on a CPU they are for float32 and bfloat16, not for {dtype}"
     if device == "cpu" and dtype in NATIVE_DTYPES:
         try:
@@ -64,18 +64,23 @@ def choose_kernels(name: KernelsName, dtype: torch.dtype, device: str) -> Kernel
     return ReferenceKernels()
 
 
-def _gpu_kernels(name: KernelsName) -> Kernels:
+def _gpu_kernels(name: KernelsName, dtype: torch.dtype, device: str) -> Kernels:
     try:
         from lm_workers.layers.gpu import GpuKernels
-    except ImportError as error:
+
+        kernels = GpuKernels()
+        one = torch.ones(1, 16, dtype=dtype, device=device)
+        kernels.rms_norm(one, one[0], 1e-5)  # Triton needs a C compiler, and misses it only now
+    except Exception as error:
         if name == "native":
             raise ConfigError(
-                f"kernels: native needs Triton on a GPU ({error}); install triton, or use auto",
+                f"kernels: native needs Triton on a GPU, and that failed ({error}); install triton "
+                "and a C compiler, or use auto",
                 "kernels",
             ) from error
         log.warning("running without Triton's kernels, more slowly: %s", error)
         return ReferenceKernels()
-    return GpuKernels()
+    return kernels
 
 
 def _onednn_has_bfloat16() -> bool:

@@ -4,9 +4,10 @@
     python tests/bench/gpu_decode.py --device cpu --shapes tiny --batches 1 4
 
 Models have random weights; nothing is downloaded. On a GPU it also decodes without CUDA graphs, to
-compare; `--set cuda_graphs=false` leaves them out everywhere. Writes gpu_decode.json and
-gpu_decode.md to `--out`, and with `--profile` the time of each kernel to profile-SHAPE.txt. Without
-a CUDA device it says so and ends with status 2, unless `--device cpu`.
+compare; `--set cuda_graphs=false` leaves them out everywhere, `--set kernels=reference` measures
+plain torch. `--parts profile` writes the time of each kernel to profile-SHAPE.txt. Writes
+gpu_decode.json and gpu_decode.md to `--out`, anew after every part. Without a CUDA device it says
+so and ends with status 2, unless `--device cpu`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import os
 import shlex
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,12 @@ import torch
 from serving_bench.decode import ShapeBench
 from serving_bench.machine import describe_machine
 from serving_bench.random_models import SHAPES
+
+PARTS = {
+    "decode": "decode steps alone",
+    "serve": "whole requests, prefill included",
+    "profile": "time of each kernel at the largest batch",
+}
 
 
 def arguments(words: list[str] | None = None) -> argparse.Namespace:
@@ -39,7 +47,7 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     add("--repeats", type=int, default=3)
     add("--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings of the engine")
     add("--scratch", type=Path, help="folder with room for a model (16 GB for llama-8b)")
-    add("--profile", action="store_true", help="also time each kernel at the largest batch")
+    add("--parts", nargs="+", choices=list(PARTS), default=["decode", "serve"])
     add("--out", type=Path, default=Path("runs/gpu_decode"))
     return parser.parse_args(words)
 
@@ -94,18 +102,33 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "serve": [],
     }
     for shape in args.shapes:
+        say(f"{shape}: making the model and its engines")
         with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
             bench = ShapeBench(shape, args, Path(scratch))
         report["bandwidth_gb_per_s"][shape] = bench.bandwidth
-        report["decode"] += bench.decode()
-        report["serve"] += bench.serve()
-        if args.profile:
-            (args.out / f"profile-{shape}.txt").write_text(bench.profile())
+        for part in args.parts:
+            say(f"{shape}: {PARTS[part]}")
+            if part == "profile":
+                (args.out / f"profile-{shape}.txt").write_text(bench.profile())
+            else:
+                report[part] += bench.decode() if part == "decode" else bench.serve()
+            write(report, args.out)
         del bench
         gc.collect()
         if args.device.startswith("cuda"):
             torch.cuda.empty_cache()
     return report
+
+
+def say(what: str) -> None:
+    """Progress."""
+    print(f"{time.strftime('%H:%M:%S')} {what}", file=sys.stderr, flush=True)
+
+
+def write(report: dict[str, Any], out: Path) -> None:
+    """The files."""
+    (out / "gpu_decode.json").write_text(json.dumps(report, indent=1) + "\n")
+    (out / "gpu_decode.md").write_text(markdown(report))
 
 
 def main() -> None:
@@ -115,10 +138,7 @@ def main() -> None:
         print(f"torch {torch.__version__} sees no CUDA device here: nothing was measured")
         sys.exit(2)
     args.out.mkdir(parents=True, exist_ok=True)
-    report = run(args)
-    (args.out / "gpu_decode.json").write_text(json.dumps(report, indent=1) + "\n")
-    (args.out / "gpu_decode.md").write_text(markdown(report))
-    print(markdown(report))
+    print(markdown(run(args)))
 
 
 if __name__ == "__main__":
