@@ -92,6 +92,18 @@ def test_without_a_compiler_the_reference_runs_and_the_log_says_so(
     compiler.compile_library.cache_clear()
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_where_triton_cannot_run_the_reference_does_and_the_log_says_so(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        found = choose_kernels("auto", torch.bfloat16, "cuda")
+    assert type(found) is ReferenceKernels
+    assert "without Triton's kernels" in caplog.text
+    with pytest.raises(ConfigError, match="kernels: native needs Triton"):
+        choose_kernels("native", torch.bfloat16, "cuda")
+
+
 def test_a_compiler_that_fails_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     broken = tmp_path / "c++"
     broken.write_text(
