@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import TypeVar
@@ -78,6 +79,8 @@ class ModelRunner:
         record: Recorder | None = None,
     ) -> None:
         self._kernels, self._rows, self._min_rows = kernels, RowSlots(), layout.min_rows
+        # Torch's operations find the device of their tensors; Triton's kernels run on the thread's.
+        self._device = torch.cuda.device(model.device) if model.device.type == "cuda" else None
         self._inputs = InputBuilder(cache, block_size, model.device)
         dtype = cache.keys[0].dtype
         if model.dtype != dtype:
@@ -88,7 +91,8 @@ class ModelRunner:
         install(model, layout, kernels, bank, self._rows)
         model.set_attn_implementation(PAGED)
         self._body = model.base_model
-        self._check_same(*reference, block_size)
+        with self._device or nullcontext():
+            self._check_same(*reference, block_size)
         self._graphs: DecodeGraphs | None = None
         if record is not None:
             self._graphs = DecodeGraphs(
@@ -102,7 +106,8 @@ class ModelRunner:
     @torch.inference_mode()
     def step(self, batch: Batch) -> StepOutput:
         """Compute keys, values and final hidden states of every token in the batch."""
-        hidden, slots = self._repeated(batch) or self._computed(batch)
+        with self._device or nullcontext():
+            hidden, slots = self._repeated(batch) or self._computed(batch)
         offsets = accumulate((span.length for span in batch.spans[:-1]), initial=0)
         return StepOutput(hidden, slots, tuple(offsets))
 
@@ -111,7 +116,8 @@ class ModelRunner:
         """Adapted logits [len(rows), vocab] of some of a step's rows."""
         index = self._inputs.int64(self._enough(rows))
         slots = None if output.slots is None else output.slots[index]
-        return self.head(output.hidden[index], slots)[: len(rows)]
+        with self._device or nullcontext():
+            return self.head(output.hidden[index], slots)[: len(rows)]
 
     def _repeated(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None] | None:
         if self._graphs is None or not batch.only_decodes:

@@ -69,8 +69,9 @@ def _gpu_kernels(name: KernelsName, dtype: torch.dtype, device: str) -> Kernels:
         from lm_workers.layers.gpu import GpuKernels
 
         kernels = GpuKernels()
-        one = torch.ones(1, 16, dtype=dtype, device=device)
-        kernels.rms_norm(one, one[0], 1e-5)  # Triton needs a C compiler, and misses it only now
+        with torch.cuda.device(device):
+            one = torch.ones(1, 16, dtype=dtype, device=device)
+            kernels.rms_norm(one, one[0], 1e-5)  # Triton misses a C compiler only now
     except Exception as error:
         if name == "native":
             raise ConfigError(
