@@ -15,6 +15,10 @@ DIGITS_APART = {"smollm", "starcoder", "refact", "command-r", "codeshell", "exao
 """Values of `tokenizer.ggml.pre` under which every digit is a piece of its own, as in llama.cpp.
 transformers falls back to GPT-2's split, which cuts runs of spaces before numbers apart."""
 
+LIKE_LLAMA_3 = {"llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "tekken"}
+"""Values of it under which a word that is a token is not merged together, and a bos goes before a
+text unless the file says no, as in llama.cpp. transformers does neither."""
+
 DIGIT_SPLIT = {
     "type": "Sequence",
     "pretokenizers": [
@@ -32,7 +36,6 @@ MERGES_ALONE = {
     "end_of_word_suffix": "",
     "fuse_unk": False,
     "byte_fallback": False,
-    "ignore_merges": False,
 }
 """Byte-level BPE: every byte has a token, so nothing is unknown and nothing falls back."""
 
@@ -112,6 +115,7 @@ def _byte_level(fields: dict[str, Any], special: dict[str, str | None]) -> dict[
         "decoder": DECODER,
         "model": {
             **MERGES_ALONE,
+            "ignore_merges": fields.get("pre") in LIKE_LLAMA_3,
             "vocab": {token: index for index, token in enumerate(tokens)},
             "merges": [merge.split(" ") for merge in fields["merges"]],
         },
@@ -125,7 +129,8 @@ def _added(index: int, token: str, special: bool) -> dict[str, Any]:
 
 def _surround(fields: dict[str, Any], special: dict[str, str | None]) -> dict[str, Any]:
     """The bos and eos around a text, where the file asks for them; llama.cpp's defaults else."""
-    bos = special["bos_token"] if fields.get("add_bos_token", fields["model"] == "llama") else None
+    usual = fields["model"] == "llama" or fields.get("pre") in LIKE_LLAMA_3
+    bos = special["bos_token"] if fields.get("add_bos_token", usual) else None
     eos = special["eos_token"] if fields.get("add_eos_token", False) else None
 
     def around(text: str, kind: int) -> list[dict[str, Any]]:

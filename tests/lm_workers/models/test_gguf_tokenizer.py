@@ -20,10 +20,14 @@ TOKENS = ["<s>", "</s>", "<｜user｜>", "<think>", "<pad>", "a", "b", "ab", "Ġ
 TYPES = [3, 3, 3, 4, 1, 1, 1, 1, 1, 1, 1, 1]
 
 
-def write_fields(path: Path, model: str, add_bos: bool | None = None) -> Path:
+def write_fields(
+    path: Path, model: str, add_bos: bool | None = None, pre: str | None = None
+) -> Path:
     """A GGUF that holds a tokenizer and nothing else."""
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_tokenizer_model(model)
+    if pre is not None:
+        writer.add_tokenizer_pre(pre)
     writer.add_token_list(TOKENS)
     writer.add_token_types(TYPES)
     writer.add_token_merges(["a b"])
@@ -67,8 +71,10 @@ def misread(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", read)
 
 
-def saved(tmp_path: Path, model: str, add_bos: bool | None = None) -> PreTrainedTokenizerBase:
-    save_gguf_tokenizer(write_fields(tmp_path / "some.gguf", model, add_bos), tmp_path)
+def saved(
+    tmp_path: Path, model: str, add_bos: bool | None = None, pre: str | None = None
+) -> PreTrainedTokenizerBase:
+    save_gguf_tokenizer(write_fields(tmp_path / "some.gguf", model, add_bos, pre), tmp_path)
     return load_tokenizer(tmp_path)
 
 
@@ -110,3 +116,11 @@ def test_bos_where_the_file_wants_it(
     tmp_path: Path, model: str, add_bos: bool | None, start: list[int]
 ) -> None:
     assert saved(tmp_path, model, add_bos)("ab").input_ids == [*start, 7]
+
+
+def test_llama_3_takes_words_whole_and_begins_with_bos(tmp_path: Path) -> None:
+    assert saved(tmp_path, "gpt2", pre="llama-bpe")("âĸģ").input_ids[0] == 0
+    assert read_json(tmp_path / "tokenizer.json")["model"]["ignore_merges"] is True
+    assert saved(tmp_path, "gpt2", False, pre="llama-bpe")("ab").input_ids == [7]
+    saved(tmp_path, "gpt2", pre="gpt-2")
+    assert read_json(tmp_path / "tokenizer.json")["model"]["ignore_merges"] is False
