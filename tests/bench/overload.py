@@ -76,19 +76,22 @@ async def recovery(url: str, make: Body, plain_s: float) -> float:
 
 
 async def leave(url: str, make: Body, leavers: int, at_once: int, longest_s: float) -> int:
-    """How many left before their answer was complete."""
+    """How many left before their answer was complete; who is refused comes again."""
     draw = random.Random(0)
     crowd = asyncio.Semaphore(at_once)
     async with httpx.AsyncClient(base_url=url, timeout=60, limits=NO_LIMIT) as http:
 
         async def one() -> bool:
             async with crowd:
-                try:
-                    async with asyncio.timeout(draw.uniform(0, longest_s)):
-                        await ask(http, make())
-                except TimeoutError:
-                    return True
-                return False
+                while True:
+                    try:
+                        async with asyncio.timeout(draw.uniform(0, longest_s)):
+                            outcome = await ask(http, make())
+                    except TimeoutError:
+                        return True
+                    if outcome.kind != "refused":
+                        return False
+                    await asyncio.sleep(0.1)
 
         return sum(await asyncio.gather(*(one() for _ in range(leavers))))
 

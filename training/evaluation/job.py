@@ -12,6 +12,7 @@ import numpy as np
 
 from adapter_gen.update import SharedBases
 from cluster_router.wire.errors import BundleError, SetupError
+from lm_workers.device import pick_device
 from training.artefact import Artefact
 from training.base import FrozenBase
 from training.config import TrainSettings
@@ -61,7 +62,7 @@ class EvaluateJob:
             SetupError: a loss is NaN or infinite, or something cannot be written.
         """
         settings = Artefact.load(self.bundle, None).settings
-        base = FrozenBase.resolve(settings.model)
+        base = FrozenBase.resolve(settings.model, pick_device("auto"))
         artefact = Artefact.load(self.bundle, base.fingerprint)
         subject = self._subject(artefact, base)
         twin = None if self.holdout is None else twin_figures(self.holdout, settings)

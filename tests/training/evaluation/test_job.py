@@ -9,10 +9,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from cluster_router.wire.errors import BundleError, ConfigError, SetupError
 from training.artefact import Artefact
 from training.cli import main
+from training.evaluation import job
 from training.evaluation.job import EvaluateJob, twin_figures
 from training.evaluation.settings import EvaluateSettings, load_evaluate_settings
 from training.evaluation.store import Store
@@ -79,6 +81,24 @@ def test_it_writes_figures_a_report_plots_and_documents(finished: Path) -> None:
     tokens = [row["scored_tokens"] for row in rows if row["domain"] == "secret"]
     expected = unseen["domains"]["secret"]["nats_per_token"]["static"]
     assert sum(sums) / sum(tokens) == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_gives_the_figures_of_the_cpu(
+    bundle: Path,
+    data: Path,
+    cheap: EvaluateSettings,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("training.base.resolve_dtype", lambda *_: torch.float32)
+    found = []
+    for device in ("cpu", "cuda"):
+        monkeypatch.setattr(job, "pick_device", lambda _, device=device: device)
+        run = EvaluateJob(bundle, data, tmp_path / device, tmp_path / f"{device}-out", cheap)
+        found.append(run.run()["unseen"]["mean"]["nats_per_token"])
+    assert found[1] == pytest.approx(found[0], rel=2e-3)
 
 
 def test_plots_are_drawn(finished: Path) -> None:
