@@ -128,7 +128,7 @@ def add_kernel(
     TARGETS: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """ROWS rows by BLOCK columns of into += x, or of x itself where that is `into`."""
+    """ROWS rows by BLOCK columns of into += x."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     base = tl.program_id(1) * BLOCK
     column = base + tl.arange(0, BLOCK)
