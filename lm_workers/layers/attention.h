@@ -12,45 +12,67 @@ namespace {
 
 constexpr int64_t KEYS = 2 * W;  // keys that one round looks at, at fixed positions of the sequence
 constexpr int64_t TILE = 16;     // tokens that share one pass over the keys
+constexpr int64_t LINE = 64 / sizeof(T);  // numbers that the memory delivers together
 constexpr float NONE = -std::numeric_limits<float>::infinity();
+
+struct Places {
+  const T *keys[KEYS], *values[KEYS];
+};
 
 // What one thread of `attend` works with. Rows are the query heads of a tile's tokens.
 struct Scratch {
   int64_t width, rows;  // head size and row count, rounded up to whole vectors and register tiles
   std::vector<float> query, keys, values, out, weights, best, total;
   std::vector<int64_t> first, end;
+  std::vector<T> zeros;
 
-  Scratch(int64_t width, int64_t rows)
-      : width(width), rows(rows), query(rows * width), keys(width * KEYS), values(KEYS * width),
-        out(rows * width), weights(rows * KEYS), best(rows), total(rows), first(rows), end(rows) {}
+  Scratch(int64_t size, int64_t kv_heads, int64_t rows)
+      : width((size + LANES - 1) / LANES * LANES), rows(rows), query(rows * width),
+        keys(width / PACK * KEYS), values(KEYS * width), out(rows * width), weights(rows * KEYS),
+        best(rows), total(rows), first(rows), end(rows), zeros(kv_heads * size) {}
 };
 
-inline void transpose(vf* r) {
-  for (int step = 1; step < W; step *= 2) {
-    vi low, high;
-    for (int i = 0; i < W; i++) {
-      low[i] = i & step ? W + (i ^ step) : i;
-      high[i] = i & step ? W + i : i ^ step;
-    }
-    for (int i = 0; i < W; i++)
-      if (!(i & step)) {
-        vf a = r[i], b = r[i + step];
-        r[i] = __builtin_shuffle(a, b, low);
-        r[i + step] = __builtin_shuffle(a, b, high);
-      }
+// One round of a transposition: lanes whose numbers differ in the bit STEP change places.
+template <int STEP>
+inline void exchange(vf* r) {
+  vi low, high;
+#pragma GCC unroll 16
+  for (int i = 0; i < W; i++) {
+    low[i] = i & STEP ? W + (i ^ STEP) : i;
+    high[i] = i & STEP ? W + i : i ^ STEP;
   }
+#pragma GCC unroll 16
+  for (int i = 0; i < W; i++)
+    if (!(i & STEP)) {
+      vf a = r[i], b = r[i + STEP];
+      r[i] = __builtin_shuffle(a, b, low);
+      r[i + STEP] = __builtin_shuffle(a, b, high);
+    }
+}
+
+inline void transpose(vf* r) {
+  exchange<1>(r);
+  exchange<2>(r);
+  if constexpr (W > 4) exchange<4>(r);
+  if constexpr (W > 8) exchange<8>(r);
 }
 
 // Scores of 4 rows against KEYS keys, then their weights, with the maximum seen so far.
 inline void score(Scratch& s, int64_t row, int64_t position) {
   vf acc[ROWS][KEYS / W] = {};
   const float* q = &s.query[row * s.width];
-  for (int64_t d = 0; d < s.width; d++)
+  for (int64_t d = 0; d < s.width; d += PACK)
+#pragma GCC unroll 2
     for (int64_t v = 0; v < KEYS / W; v++) {
-      vf key = load(&s.keys[d * KEYS + v * W]);
-      for (int64_t r = 0; r < ROWS; r++) acc[r][v] += q[r * s.width + d] * key;
+      vf key[PACK];
+      unpack(load(&s.keys[d / PACK * KEYS + v * W]), key);
+#pragma GCC unroll 2
+      for (int64_t i = 0; i < PACK; i++)
+#pragma GCC unroll 4
+        for (int64_t r = 0; r < ROWS; r++) acc[r][v] += q[r * s.width + d + i] * key[i];
     }
   vi place;
+#pragma GCC unroll 16
   for (int i = 0; i < W; i++) place[i] = i;
   for (int64_t r = 0; r < ROWS; r++) {
     vi first = vi{} + (int32_t)(s.first[row + r] - position);
@@ -99,56 +121,83 @@ struct Attention {
   int64_t stride, heads, kv_heads, size, block, window;
   float scale;
 
-  // Read KEYS keys and values from `position` on; past `end` they are zero.
-  void fetch(Scratch& s, int64_t head, int64_t position, int64_t end) const {
-    for (int64_t group = 0; group < KEYS; group += W)
-      for (int64_t d = 0; d < s.width; d += W) {
-        vf square[W];
-        for (int64_t k = 0; k < W; k++) {
-          int64_t at = position + group + k;
-          vf value{};
-          square[k] = vf{};
-          if (at < end) {
-            int64_t from = ((table[at / block] * block + at % block) * kv_heads + head) * size + d;
-            square[k] = load(keys + from, size - d);
-            value = load(values + from, size - d);
-          }
-          store(&s.values[(group + k) * s.width + d], value);
-        }
-        transpose(square);
-        for (int64_t k = 0; k < W; k++) store(&s.keys[(d + k) * KEYS + group], square[k]);
+  // Where the keys and values of KEYS tokens from `position` on begin; past `end`, zeros. Asks the
+  // memory for those of `share` heads.
+  void locate(const Scratch& s, int64_t head, int64_t share, int64_t position, int64_t end,
+              Places& to) const {
+    const int64_t* from = table + position / block;
+    for (int64_t k = 0, place = position % block; k < KEYS; k++) {
+      bool there = position + k < end;
+      int64_t at = there ? (*from * block + place) * kv_heads * size : 0;
+      to.keys[k] = there ? keys + at : s.zeros.data();
+      to.values[k] = there ? values + at : s.zeros.data();
+      for (int64_t d = head * size; there && d < (head + share) * size; d += LINE) {
+        __builtin_prefetch(to.keys[k] + d, 0, 2);
+        __builtin_prefetch(to.values[k] + d, 0, 2);
       }
+      if (++place == block) place = 0, from++;
+    }
   }
 
-  // Tokens `first` to `first + count` of the step, the first of them at `position`.
-  void tile(Scratch& s, int64_t head, int64_t first, int64_t count, int64_t position) const {
-    int64_t group = heads / kv_heads, rows = count * group;
+  // Read one head of KEYS keys and values.
+  void fetch(Scratch& s, int64_t head, const Places& from) const {
+    int64_t first = head * size;
+    for (int64_t group = 0; group < KEYS; group += W)
+      for (int64_t d = 0; d < size; d += LANES) {
+        vf square[W];
+        for (int64_t k = 0; k < W; k++)
+          square[k] = packed(from.keys[group + k] + first + d, size - d);
+        transpose(square);
+        for (int64_t k = 0; k < W; k++) store(&s.keys[(d / PACK + k) * KEYS + group], square[k]);
+      }
+    for (int64_t k = 0; k < KEYS; k++)
+      for (int64_t d = 0; d < size; d += W)
+        store(&s.values[k * s.width + d], load(from.values[k] + first + d, size - d));
+  }
+
+  // Tokens `first` to `first + count` of the step, the first of them at `position`, under `share`
+  // KV heads from `head` on.
+  void tile(Scratch& s, int64_t head, int64_t share, int64_t first, int64_t count,
+            int64_t position) const {
+    int64_t group = heads / kv_heads, rows = count * group, end = position + count;
     int64_t padded = (rows + ROWS - 1) / ROWS * ROWS;
-    for (int64_t r = 0; r < padded; r++) {
-      bool real = r < rows;
-      const T* q = query + (first + r / group) * stride + (head * group + r % group) * size;
-      for (int64_t d = 0; d < s.width; d += W) {
-        store(&s.query[r * s.width + d], real ? load(q + d, size - d) * scale : vf{});
-        store(&s.out[r * s.width + d], vf{});
+    int64_t at = (window ? std::max<int64_t>(0, position + 1 - window) : 0) / KEYS * KEYS;
+    Places now, next;
+    locate(s, head, share, at, end, now);
+    for (int64_t h = 0; h < share; h++)
+      for (int64_t r = 0; r < padded; r++) {
+        bool real = r < rows;
+        int64_t row = h * padded + r;
+        const T* q =
+            query + (first + r / group) * stride + ((head + h) * group + r % group) * size;
+        for (int64_t d = 0; d < s.width; d += W) {
+          bool inside = real && d < size;
+          store(&s.query[row * s.width + d], inside ? load(q + d, size - d) * scale : vf{});
+          store(&s.out[row * s.width + d], vf{});
+        }
+        s.best[row] = NONE;
+        s.total[row] = 0.f;
+        s.end[row] = real ? position + r / group + 1 : 0;
+        s.first[row] = window ? std::max<int64_t>(0, s.end[row] - window) : 0;
       }
-      s.best[r] = NONE;
-      s.total[r] = 0.f;
-      s.end[r] = real ? position + r / group + 1 : 0;
-      s.first[r] = window ? std::max<int64_t>(0, s.end[r] - window) : 0;
+    for (; at < end; at += KEYS) {
+      if (at + KEYS < end) locate(s, head, share, at + KEYS, end, next);
+      for (int64_t h = 0; h < share; h++) {
+        fetch(s, head + h, now);
+        for (int64_t r = h * padded; r < (h + 1) * padded; r += ROWS) {
+          score(s, r, at);
+          accumulate(s, r);
+        }
+      }
+      now = next;
     }
-    int64_t end = position + count;
-    for (int64_t at = s.first[0] / KEYS * KEYS; at < end; at += KEYS) {
-      fetch(s, head, at, end);
-      for (int64_t r = 0; r < padded; r += ROWS) {
-        score(s, r, at);
-        accumulate(s, r);
-      }
-    }
-    for (int64_t r = 0; r < rows; r++)
-      for (int64_t d = 0; d < size; d += W) {
-        T* o = out + ((first + r / group) * heads + head * group + r % group) * size + d;
-        store(o, load(&s.out[r * s.width + d]) / s.total[r], size - d);
-      }
+    for (int64_t h = 0; h < share; h++)
+      for (int64_t r = 0; r < rows; r++)
+        for (int64_t d = 0; d < size; d += W) {
+          int64_t row = h * padded + r, to = (head + h) * group + r % group;
+          vf mean = load(&s.out[row * s.width + d]) / s.total[row];
+          store(out + ((first + r / group) * heads + to) * size + d, mean, size - d);
+        }
   }
 };
 

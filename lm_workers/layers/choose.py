@@ -12,7 +12,7 @@ from lm_workers.layers.compiler import CompileError
 from lm_workers.layers.kernels import Kernels
 from lm_workers.layers.linear import PackedProduct, PlainProduct, Product
 from lm_workers.layers.native import NATIVE_DTYPES, NativeKernels
-from lm_workers.layers.panels import PanelProduct, load_library
+from lm_workers.layers.panels import PairProduct, PanelProduct, load_floats, load_pairs
 from lm_workers.layers.reference import ReferenceKernels
 
 log = logging.getLogger(__name__)
@@ -29,11 +29,17 @@ def choose_layout(name: LayoutName, dtype: torch.dtype, device: str) -> type[Pro
     reason = f"it is for float32 and bfloat16 on a CPU, not for {dtype} on {device}"
     if device == "cpu" and dtype == torch.float32:
         try:
-            load_library()
+            load_floats()
             return PanelProduct
         except CompileError as error:
             reason = str(error)
     if device == "cpu" and dtype == torch.bfloat16:
+        try:
+            if not torch.cpu._is_amx_tile_supported():  # whose tiles oneDNN knows, and ours do not
+                load_pairs()
+                return PairProduct
+        except CompileError as error:
+            log.info("bfloat16 products are oneDNN's: %s", error)
         if _onednn_has_bfloat16():
             return PackedProduct
         reason = "this CPU does not compute in bfloat16"

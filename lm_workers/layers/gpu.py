@@ -5,9 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 
-from lm_workers.adapters import UpdateTargets
 from lm_workers.layers import triton_kernels as source
 from lm_workers.layers.kernels import HeadNorms, LateUpdate
 from lm_workers.layers.paged import PagedStep
@@ -118,23 +116,16 @@ class GpuKernels(ReferenceKernels):
             out[start:stop] = prefill(query[start:stop], keys, values, length, scaling, window)
         return out
 
-    def update(
-        self,
-        y: torch.Tensor,
-        x: torch.Tensor,
-        targets: UpdateTargets,
-        cores: torch.Tensor,
-        slots: torch.Tensor,
-    ) -> None:
+    def update(self, y: torch.Tensor, late: LateUpdate) -> None:
         """See `Kernels`."""
-        if cores.shape[-1] > self.late_rank:
-            super().update(y, x, targets, cores, slots)
+        if late.cores.shape[-1] > self.late_rank:
+            super().update(y, late)
             return
-        late = _late(LateUpdate(F.linear(x, targets.v), targets, cores, slots), y)
-        count, most = late.pop("TARGETS"), targets.most_columns
+        given = _late(late, y)
+        count, most = given.pop("TARGETS"), late.targets.most_columns
         grid = (-(-len(y) // _ROWS), count, -(-most // _COLUMNS))
         source.update_kernel[grid](
-            y, y.stride(0), len(y), **late, ROWS=_ROWS, BLOCK=_COLUMNS, PRECISION=_precision(y)
+            y, y.stride(0), len(y), **given, ROWS=_ROWS, BLOCK=_COLUMNS, PRECISION=_precision(y)
         )
 
 

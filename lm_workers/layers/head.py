@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lm_workers.adapters import OFF, AdapterBank, UpdateTargets
-from lm_workers.layers.kernels import Kernels
+from lm_workers.layers.kernels import Kernels, LateUpdate
 from lm_workers.layers.linear import LinearGroup, Product
 
 
@@ -34,6 +34,7 @@ class AdaptedHead:
         self._targets: UpdateTargets | None = None
         if bank is not None and bank.spec.head is not None:
             self._targets = bank.targets([(bank.spec.head, 0, bank.spec.hidden_size)])
+            self._low = layout(self._targets.v, None)
 
     def __call__(self, hidden: torch.Tensor, slots: torch.Tensor | None) -> torch.Tensor:
         """hidden [N, d], slots [N] or None (no row adapted) -> logits [N, vocab]."""
@@ -42,7 +43,8 @@ class AdaptedHead:
         if self._targets is None:
             return self._paper_logits(hidden, slots, self._bank)
         shifted = hidden + self._bank.shifts[slots]
-        self._kernels.update(shifted, hidden, self._targets, self._bank.cores, slots)
+        low = self._low(hidden)
+        self._kernels.update(shifted, LateUpdate(low, self._targets, self._bank.cores, slots))
         return self._logits(shifted)
 
     def _paper_logits(

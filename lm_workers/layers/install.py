@@ -60,7 +60,7 @@ class Installer:
         """Replace a decoder layer of a known family."""
 
         def group(names: Sequence[str]) -> LinearGroup:
-            return self._group([f"{name}.{inner}" for inner in names], late=True)
+            return self._group([f"{name}.{inner}" for inner in names])
 
         self._set(name, DecoderLayer(self._model.get_submodule(name), group, self._kernels))
 
@@ -72,9 +72,9 @@ class Installer:
     def _set(self, name: str, module: nn.Module) -> None:
         self._model.set_submodule(name, module)
 
-    def _group(self, names: Sequence[str], late: bool = False) -> LinearGroup:
+    def _group(self, names: Sequence[str]) -> LinearGroup:
         members = [self._model.get_submodule(name) for name in names]
-        return LinearGroup(members, self._layout, self._update(names, members), late)
+        return LinearGroup(members, self._layout, self._update(names, members))
 
     def _update(self, names: Sequence[str], members: Sequence[nn.Module]) -> RowUpdate | None:
         targets, column = [], 0

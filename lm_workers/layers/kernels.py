@@ -111,20 +111,6 @@ class Kernels(Protocol):
         """x [T, n] -> int64 [T], where each row is largest, the first place of equals."""
         ...
 
-    def update(
-        self,
-        y: torch.Tensor,
-        x: torch.Tensor,
-        targets: UpdateTargets,
-        cores: torch.Tensor,
-        slots: torch.Tensor,
-    ) -> None:
-        """Add U core V x, with each row's own cores, to the outputs y in place.
-
-        Args:
-            y: [T, out], the group's outputs side by side.
-            x: [T, in], their input.
-            cores: [slots, sites, r, r].
-            slots: int64 [T]. Rows in slot 0 stay as they are.
-        """
+    def update(self, y: torch.Tensor, late: LateUpdate) -> None:
+        """Add U core V x, with each row's own core, to the outputs y [T, out] in place."""
         ...

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -24,10 +25,12 @@ class Product(ABC):
     Attributes:
         min_rows: fewest rows that are summed in the same order as any other number of rows.
         widens: whether it also takes weights of a narrower dtype than it computes in.
+        stacks: whether the V of updates cost least below the weights that read the same input.
     """
 
     min_rows: ClassVar[int]
     widens: ClassVar[bool] = False
+    stacks: ClassVar[bool] = True
 
     @abstractmethod
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None: ...
@@ -93,22 +96,13 @@ class RowUpdate:
         self, bank: AdapterBank, rows: RowSlots, kernels: Kernels, targets: UpdateTargets
     ) -> None:
         self._bank, self._rows, self._kernels, self.targets = bank, rows, kernels, targets
+        self.may_be_late = bank.spec.rank <= kernels.late_rank
+        self.apply = kernels.update
 
-    @property
-    def may_be_late(self) -> bool:
-        """Whether the kernels can apply it when they read the outputs."""
-        return self._bank.spec.rank <= self._kernels.late_rank
-
-    def apply(self, y: torch.Tensor, x: torch.Tensor) -> None:
-        """Change the outputs y [T, out] of x [T, in] in place."""
+    def late(self, low: Callable[[], torch.Tensor]) -> LateUpdate | None:
+        """The update of outputs whose input gives V x [T, G * r]; None if no row has one."""
         slots = self._rows.tokens
-        if slots is not None:
-            self._kernels.update(y, x, self.targets, self._bank.cores, slots)
-
-    def late(self, low: torch.Tensor) -> LateUpdate | None:
-        """The update of outputs whose input gives V x = low [T, G * r]; None if no row has one."""
-        slots = self._rows.tokens
-        return None if slots is None else LateUpdate(low, self.targets, self._bank.cores, slots)
+        return None if slots is None else LateUpdate(low(), self.targets, self._bank.cores, slots)
 
 
 class LinearGroup(nn.Module):
@@ -118,24 +112,20 @@ class LinearGroup(nn.Module):
         members: `nn.Linear` or `Conv1D`.
         layout: of the weights.
         update: None leaves the outputs as they are.
-        late: the outputs' reader takes care of the update if it can: `leave` is called, not the
-            module. The V of the sites are multiplied together with the weights then.
     """
 
     def __init__(
-        self,
-        members: Sequence[nn.Module],
-        layout: type[Product],
-        update: RowUpdate | None,
-        late: bool = False,
+        self, members: Sequence[nn.Module], layout: type[Product], update: RowUpdate | None
     ) -> None:
         super().__init__()
         weights = [weight_of(member) for member in members]
         biases: list[object] = [member.bias for member in members]
-        self._update, self._late = update, late and update is not None and update.may_be_late
+        self._update, self._low = update, None
         self._width = sum(map(len, weights))
-        if update is not None and self._late:
+        if update is not None and layout.stacks:
             weights, biases = [*weights, update.targets.v], [*biases, None]
+        elif update is not None:
+            self._low = layout(update.targets.v, None)
         # A lone weight stays where it is: it may be the embedding's.
         weight = torch.cat(weights) if len(weights) > 1 else weights[0]
         self._product = layout(weight, _stacked_bias(weights, biases))
@@ -143,18 +133,30 @@ class LinearGroup(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in] -> [..., out], the members' outputs side by side."""
         rows = x.reshape(-1, x.shape[-1])
-        y = self._product(rows)
-        if self._update is not None:
-            self._update.apply(y, rows)
+        y, late = self._computed(rows)
+        if self._update is not None and late is not None:
+            self._update.apply(y, late)
+        y = y.contiguous()
         return y if x.dim() == 2 else y.unflatten(0, x.shape[:-1])
 
     def leave(self, x: torch.Tensor) -> tuple[torch.Tensor, LateUpdate | None]:
-        """x [T, in] -> [T, out], and the update that is not in it, if one is not."""
-        if not self._late or self._update is None:
-            return self.forward(x), None
+        """x [T, in] -> [T, out], and the update that is not in it, if one is not.
+
+        What reads the outputs takes care of it, where its kernels can.
+        """
+        y, late = self._computed(x)
+        if self._update is None or late is None or self._update.may_be_late:
+            return y, late
+        self._update.apply(y, late)
+        return y, None
+
+    def _computed(self, x: torch.Tensor) -> tuple[torch.Tensor, LateUpdate | None]:
         y = self._product(x)
-        low = y[:, self._width :]
-        return y[:, : self._width], self._update.late(low)
+        if self._update is None:
+            return y, None
+        if self._low is not None:
+            return y, self._update.late(partial(self._low, x))
+        return y[:, : self._width], self._update.late(lambda: y[:, self._width :])
 
 
 def _stacked_bias(weights: Sequence[torch.Tensor], biases: Sequence[object]) -> torch.Tensor | None:

@@ -10,6 +10,9 @@
 
 namespace {
 
+constexpr int64_t TALL = W / 2;  // rows of an update whose sums fit in registers
+constexpr int64_t ALONE = 512;   // tokens of context that one thread reads sooner than two share
+
 void normalise(const T* x, const T* weight, float eps, int64_t size, T* out) {
   vf squares{};
   for (int64_t i = 0; i < size; i += W) {
@@ -41,49 +44,41 @@ void rotate(const T* x, const T* cosine, const T* sine, int64_t size, T* out) {
   }
 }
 
-// y += U core V x of one site, for up to 4 rows. `ut` is U transposed, [rank, ut_stride].
-void update_tile(T* y, int64_t y_stride, const T* x, int64_t x_stride, int64_t size, int64_t rows,
+// y += U core (V x) of one site, for up to R rows; V x is `low`. `ut` is U transposed, [rank,
+// ut_stride].
+template <int64_t R>
+void update_tile(T* y, int64_t y_stride, const T* low, int64_t low_stride, int64_t rows,
                  const T* cores, int64_t cores_stride, const int64_t* slots, const T* ut,
-                 int64_t ut_stride, const T* v, int64_t rank, int64_t width) {
-  std::vector<float> low(ROWS * rank), inner(ROWS * rank);
-  const T* from[ROWS];
-  for (int64_t r = 0; r < ROWS; r++) from[r] = x + std::min(r, rows - 1) * x_stride;
-  for (int64_t j = 0; j < rank; j += 2) {
-    const T *one = v + j * size, *two = v + std::min(j + 1, rank - 1) * size;
-    vf acc[ROWS][2] = {};
-    for (int64_t i = 0; i < size; i += W) {
-      vf weights[2] = {load(one + i, size - i), load(two + i, size - i)};
-      for (int64_t r = 0; r < ROWS; r++) {
-        vf value = load(from[r] + i, size - i);
-        for (int64_t c = 0; c < 2; c++) acc[r][c] += value * weights[c];
-      }
-    }
-    for (int64_t r = 0; r < ROWS; r++)
-      for (int64_t c = 0; c < 2 && j + c < rank; c++) low[r * rank + j + c] = sum(acc[r][c]);
-  }
+                 int64_t ut_stride, int64_t rank, int64_t width) {
+  std::vector<float> inner(R * rank);
   for (int64_t r = 0; r < rows; r++) {
-    const T* core = cores + slots[r] * cores_stride;
+    const T *core = cores + slots[r] * cores_stride, *from = low + r * low_stride;
     for (int64_t i = 0; i < rank; i++) {
       vf acc{};
       for (int64_t j = 0; j < rank; j += W)
-        acc += load(core + i * rank + j, rank - j) * load(&low[r * rank + j], rank - j);
+        acc += load(core + i * rank + j, rank - j) * load(from + j, rank - j);
       inner[r * rank + i] = sum(acc);
     }
   }
   for (int64_t o = 0; o < width; o += 2 * W) {
-    vf acc[ROWS][2] = {};
+    vf acc[R][2] = {};
     int64_t left[2] = {width - o, std::max<int64_t>(0, width - o - W)};
     for (int64_t j = 0; j < rank; j++) {
       const T* from = ut + j * ut_stride + o;
       vf weights[2] = {load(from, left[0]), left[1] ? load(from + W, left[1]) : vf{}};
-      for (int64_t r = 0; r < ROWS; r++)
+#pragma GCC unroll 8
+      for (int64_t r = 0; r < R; r++)
+#pragma GCC unroll 2
         for (int64_t c = 0; c < 2; c++) acc[r][c] += inner[r * rank + j] * weights[c];
     }
-    for (int64_t r = 0; r < rows; r++)
-      for (int64_t c = 0; c < 2 && slots[r] && left[c]; c++) {
-        T* to = y + r * y_stride + o + c * W;
-        store(to, load(to, left[c]) + acc[r][c], left[c]);
-      }
+#pragma GCC unroll 8
+    for (int64_t r = 0; r < R; r++)
+#pragma GCC unroll 2
+      for (int64_t c = 0; c < 2; c++)
+        if (r < rows && slots[r] && left[c]) {
+          T* to = y + r * y_stride + o + c * W;
+          store(to, load(to, left[c]) + acc[r][c], left[c]);
+        }
   }
 }
 
@@ -153,20 +148,22 @@ void argmax(const T* x, int64_t stride, int64_t* out, int64_t rows, int64_t size
   }
 }
 
-// y += U core V x with each row's own core. A target is (site, first column, width).
-void update(T* y, int64_t y_stride, const T* x, int64_t x_stride, int64_t rows, int64_t size,
-            const T* cores, int64_t num_sites, const int64_t* slots, const T* ut,
-            int64_t ut_stride, const T* v, const int64_t* targets, int64_t num_targets,
-            int64_t rank, int64_t threads) {
-#pragma omp parallel for num_threads(threads) if (rows > ROWS)
-  for (int64_t t = 0; t < rows; t += ROWS) {
-    int64_t count = std::min(ROWS, rows - t), column = 0;
+// y += U core (V x) with each row's own core. `low` holds V x of the targets side by side; a target
+// is (site, first column, width).
+void update(T* y, int64_t y_stride, const T* low, int64_t low_stride, int64_t rows, const T* cores,
+            int64_t num_sites, const int64_t* slots, const T* ut, int64_t ut_stride,
+            const int64_t* targets, int64_t num_targets, int64_t rank, int64_t threads) {
+#pragma omp parallel for num_threads(threads) if (rows > TALL)
+  for (int64_t t = 0; t < rows; t += TALL) {
+    int64_t count = std::min(TALL, rows - t), column = 0;
     if (std::all_of(slots + t, slots + t + count, [](int64_t slot) { return !slot; })) continue;
     for (int64_t g = 0; g < num_targets; g++) {
       const int64_t *target = targets + 3 * g, width = target[2];
-      update_tile(y + t * y_stride + target[1], y_stride, x + t * x_stride, x_stride, size, count,
-                  cores + target[0] * rank * rank, num_sites * rank * rank, slots + t, ut + column,
-                  ut_stride, v + g * rank * size, rank, width);
+      auto tile = count == 1 ? update_tile<1> : count <= TALL / 2 ? update_tile<TALL / 2>
+                                                                  : update_tile<TALL>;
+      tile(y + t * y_stride + target[1], y_stride, low + t * low_stride + g * rank, low_stride,
+           count, cores + target[0] * rank * rank, num_sites * rank * rank, slots + t, ut + column,
+           ut_stride, rank, width);
       column += width;
     }
   }
@@ -181,18 +178,21 @@ void attend(const T* query, int64_t stride, const T* keys, const T* values, T* o
   std::vector<int64_t> tiles;  // span and first token, of each tile
   for (int64_t s = 0; s < num_spans; s++)
     for (int64_t t = spans[3 * s]; t < spans[3 * s + 1]; t += TILE) tiles.insert(tiles.end(), {s, t});
-  int64_t items = tiles.size() / 2 * kv_heads;
-  int64_t rows = (TILE * (heads / kv_heads) + ROWS - 1) / ROWS * ROWS;
-#pragma omp parallel num_threads(threads) if (items > kv_heads)
+  // All heads of a token lie side by side: read together, unless that leaves threads without work.
+  int64_t share = (int64_t)tiles.size() / 2 < 4 * threads ? 1 : kv_heads, parts = kv_heads / share;
+  int64_t items = tiles.size() / 2 * parts;
+  int64_t rows = share * ((TILE * (heads / kv_heads) + ROWS - 1) / ROWS * ROWS);
+#pragma omp parallel num_threads(threads) if (items > parts || spans[2] > ALONE)
   {
-    Scratch scratch((size + W - 1) / W * W, rows);
+    Scratch scratch(size, kv_heads, rows);
 #pragma omp for schedule(dynamic)
     for (int64_t i = 0; i < items; i++) {
-      int64_t s = tiles[i / kv_heads * 2], first = tiles[i / kv_heads * 2 + 1];
+      int64_t s = tiles[i / parts * 2], first = tiles[i / parts * 2 + 1];
       int64_t stop = spans[3 * s + 1], length = spans[3 * s + 2];
       Attention one{query, keys, values, out, tables + s * table_width, stride, heads,
                        kv_heads, size, block, window, scale};
-      one.tile(scratch, i % kv_heads, first, std::min(TILE, stop - first), length - (stop - first));
+      one.tile(scratch, i % parts * share, share, first, std::min(TILE, stop - first),
+               length - (stop - first));
     }
   }
 }

@@ -7,7 +7,6 @@ from typing import ClassVar
 
 import torch
 
-from lm_workers.adapters import UpdateTargets
 from lm_workers.layers.compiler import compile_library
 from lm_workers.layers.kernels import HeadNorms, LateUpdate
 from lm_workers.layers.paged import PagedStep
@@ -21,7 +20,7 @@ _SIGNATURES = {
     "rotate_and_store": "pippppfpppiiiii",
     "silu_mul": "pipiii",
     "argmax": "pipiii",
-    "update": "pipiiipippippiii",
+    "update": "pipiipippipiii",
     "attend": "pippppipiiiiiifi",
 }
 _TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
@@ -151,20 +150,13 @@ class NativeKernels:
         self._argmax(x.data_ptr(), x.stride(0), out.data_ptr(), rows, size, self._threads)
         return out
 
-    def update(
-        self,
-        y: torch.Tensor,
-        x: torch.Tensor,
-        targets: UpdateTargets,
-        cores: torch.Tensor,
-        slots: torch.Tensor,
-    ) -> None:
+    def update(self, y: torch.Tensor, late: LateUpdate) -> None:
         """See `Kernels`."""
-        _, sites, rank, _ = cores.shape
-        rows, size = x.shape
+        targets, low = late.targets, late.low
+        _, sites, rank, _ = late.cores.shape
         self._update(
-            y.data_ptr(), y.stride(0), x.data_ptr(), x.stride(0), rows, size,
-            cores.data_ptr(), sites, slots.data_ptr(), targets.u.data_ptr(), targets.u.stride(0),
-            targets.v.data_ptr(), targets.targets.data_ptr(), len(targets.targets), rank,
+            y.data_ptr(), y.stride(0), low.data_ptr(), low.stride(0), len(y),
+            late.cores.data_ptr(), sites, late.slots.data_ptr(), targets.u.data_ptr(),
+            targets.u.stride(0), targets.targets.data_ptr(), len(targets.targets), rank,
             self._threads,
         )  # fmt: skip

@@ -1,8 +1,9 @@
-"""Float32 products from weights laid out in panels, by the C++ of product.cpp."""
+"""Products from weights laid out in panels, by the C++ of product.cpp and product_bf16.cpp."""
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -15,39 +16,22 @@ _PART = 4096
 """Rows of a weight that are widened at a time; whole panels."""
 
 
-class PanelProduct(Product):
-    """The numbers of `PlainProduct` in float32, up to the order of a sum.
-
-    Where every weight is a bfloat16 number, as in most checkpoints, 16 bits of each are kept: half
-    the memory, and half the reading, which is what a step of few rows spends its time on. The
-    arithmetic is float32 either way, and the result of a row does not depend on the others.
-
-    Raises:
-        CompileError: there is no compiler that takes the source.
-    """
+class _Panels(Product):
+    """What both have in common. The result of a row does not depend on the others."""
 
     min_rows = 1
-    widens = True
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        library = load_library()
         self._outputs, self._inputs = weight.shape
-        self._halves = int(is_bfloat16(weight))
         self._threads = torch.get_num_threads()
-        self._bias = None if bias is None else bias.float().contiguous()
-        self._bias_at = None if self._bias is None else self._bias.data_ptr()
-        size = library.panels_size(self._outputs, self._inputs, self._halves)
-        self._panels = torch.zeros(size, dtype=torch.float32)
+        self._bias = bias
+        self._bias_at = None if bias is None else bias.data_ptr()
+        self._panels, self._product = self._lay_out(weight)
         self._panels_at = self._panels.data_ptr()
-        at = self._panels_at
-        for part in weight.split(_PART):
-            wide = part.float()
-            library.lay_out(
-                wide.data_ptr(), *wide.stride(), len(wide), self._inputs, self._halves,
-                at, self._threads,
-            )  # fmt: skip
-            at += 4 * library.panels_size(len(wide), self._inputs, self._halves)
-        self._product = library.product
+
+    def _lay_out(self, weight: torch.Tensor) -> tuple[torch.Tensor, Callable[..., None]]:
+        """The panels, and the function that multiplies with them."""
+        raise NotImplementedError
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x [T, in] -> [T, out]."""
@@ -56,10 +40,60 @@ class PanelProduct(Product):
         rows = len(x)
         y = x.new_empty(rows, self._outputs)
         self._product(
-            x.data_ptr(), x.stride(0), self._panels_at, self._halves, self._bias_at,
-            y.data_ptr(), self._outputs, rows, self._inputs, self._outputs, self._threads,
+            x.data_ptr(), x.stride(0), self._panels_at, self._bias_at, y.data_ptr(),
+            self._outputs, rows, self._inputs, self._outputs, self._threads,
         )  # fmt: skip
         return y
+
+
+class PanelProduct(_Panels):
+    """The numbers of `PlainProduct` in float32, up to the order of a sum.
+
+    Where every weight is a bfloat16 number, as in most checkpoints, 16 bits of each are kept: half
+    the memory, and half the reading, which is what a step of few rows spends its time on. The
+    arithmetic is float32 either way.
+
+    Raises:
+        CompileError: there is no compiler that takes the source.
+    """
+
+    widens = True
+    stacks = False  # below a V, which has more bits, weights would lose their short form
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        super().__init__(weight, None if bias is None else bias.float().contiguous())
+
+    def _lay_out(self, weight: torch.Tensor) -> tuple[torch.Tensor, Callable[..., None]]:
+        library, halves = load_floats(), int(is_bfloat16(weight))
+        size = library.panels_size(self._outputs, self._inputs, halves)
+        panels = torch.zeros(size, dtype=torch.float32)
+        at = panels.data_ptr()
+        for part in weight.split(_PART):
+            wide = part.float()
+            library.lay_out(
+                wide.data_ptr(), *wide.stride(), len(wide), self._inputs, halves, at, self._threads
+            )
+            at += 4 * library.panels_size(len(wide), self._inputs, halves)
+        return panels, library.product_of_halves if halves else library.product_of_floats
+
+
+class PairProduct(_Panels):
+    """The numbers of `PlainProduct` in bfloat16, up to the order of a sum, by the instruction of a
+    CPU that multiplies pairs of them and adds up in float32.
+
+    Raises:
+        CompileError: the CPU has no such instruction, or no compiler takes the source.
+    """
+
+    def _lay_out(self, weight: torch.Tensor) -> tuple[torch.Tensor, Callable[..., None]]:
+        library = load_pairs()
+        size = library.panels_size(self._outputs, self._inputs)
+        panels = torch.zeros(size, dtype=torch.int32)
+        library.lay_out(
+            weight.data_ptr(), *weight.stride(), self._outputs, self._inputs,
+            panels.data_ptr(), self._threads,
+        )  # fmt: skip
+        return panels, library.product
 
 
 def is_bfloat16(weight: torch.Tensor) -> bool:
@@ -70,15 +104,28 @@ def is_bfloat16(weight: torch.Tensor) -> bool:
 
 
 @cache
-def load_library() -> ctypes.CDLL:
-    """The compiled functions. Raises CompileError where there is no compiler."""
+def load_floats() -> ctypes.CDLL:
+    """The functions for float32. Raises CompileError where there is no compiler."""
     library = compile_library("product.cpp", "FLOAT32")
-    library.panels_size.argtypes = [_INT] * 3
-    library.panels_size.restype = _INT
-    library.lay_out.argtypes = [_POINTER, *[_INT] * 5, _POINTER, _INT]
-    library.lay_out.restype = None
-    library.product.argtypes = [
-        _POINTER, _INT, _POINTER, _INT, _POINTER, _POINTER, _INT, _INT, _INT, _INT, _INT
-    ]  # fmt: skip
-    library.product.restype = None
+    _declare(library, 1, "product_of_halves", "product_of_floats")
     return library
+
+
+@cache
+def load_pairs() -> ctypes.CDLL:
+    """The functions for bfloat16. Raises CompileError where they cannot run."""
+    library = compile_library("product_bf16.cpp", "BFLOAT16")
+    _declare(library, 0, "product")
+    return library
+
+
+def _declare(library: ctypes.CDLL, forms: int, *products: str) -> None:
+    """Tell ctypes the arguments. `forms` is 1 where panels come in two forms."""
+    library.panels_size.argtypes = [_INT] * (2 + forms)
+    library.panels_size.restype = _INT
+    library.lay_out.argtypes = [_POINTER, *[_INT] * (4 + forms), _POINTER, _INT]
+    library.lay_out.restype = None
+    for name in products:
+        function = getattr(library, name)
+        function.argtypes = [_POINTER, _INT, _POINTER, _POINTER, _POINTER, *[_INT] * 5]
+        function.restype = None

@@ -140,11 +140,16 @@ void lay_out(const float* weight, int64_t stride, int64_t step, int64_t outputs,
     }
 }
 
-void product(const float* x, int64_t x_stride, const float* panels, int64_t halves,
-             const float* bias, float* y, int64_t y_stride, int64_t rows, int64_t inputs,
-             int64_t outputs, int64_t threads) {
-  Product one{x, panels, bias, y, x_stride, y_stride, rows, inputs, outputs};
-  halves ? one.run<Halves>(threads) : one.run<Floats>(threads);
+void product_of_floats(const float* x, int64_t x_stride, const float* panels, const float* bias,
+                       float* y, int64_t y_stride, int64_t rows, int64_t inputs, int64_t outputs,
+                       int64_t threads) {
+  Product{x, panels, bias, y, x_stride, y_stride, rows, inputs, outputs}.run<Floats>(threads);
+}
+
+void product_of_halves(const float* x, int64_t x_stride, const float* panels, const float* bias,
+                       float* y, int64_t y_stride, int64_t rows, int64_t inputs, int64_t outputs,
+                       int64_t threads) {
+  Product{x, panels, bias, y, x_stride, y_stride, rows, inputs, outputs}.run<Halves>(threads);
 }
 
 }  // extern "C"

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch.backends.cuda import SDPAParams, can_use_flash_attention
 from torch.nn.attention.bias import CausalBias, causal_lower_right
 
-from lm_workers.adapters import UpdateTargets
 from lm_workers.layers.kernels import HeadNorms, LateUpdate
 from lm_workers.layers.paged import KV_ALIGN, PagedStep
 
@@ -39,7 +38,7 @@ class ReferenceKernels:
 
     def add(self, residual: torch.Tensor, x: torch.Tensor, late: LateUpdate | None) -> None:
         """See `Kernels`."""
-        _catch_up(x, late)
+        self._catch_up(x, late)
         residual += x
 
     def add_rms_norm(
@@ -64,7 +63,7 @@ class ReferenceKernels:
         late: LateUpdate | None = None,
     ) -> torch.Tensor:
         """See `Kernels`."""
-        _catch_up(qkv, late)
+        self._catch_up(qkv, late)
         _, kv_heads, size = paged.cache.keys[layer].shape
         heads = qkv.unflatten(-1, (-1, size))
         query, key, value = heads.split([heads.shape[1] - 2 * kv_heads, kv_heads, kv_heads], 1)
@@ -96,7 +95,7 @@ class ReferenceKernels:
 
     def silu_mul(self, gate_up: torch.Tensor, late: LateUpdate | None = None) -> torch.Tensor:
         """See `Kernels`."""
-        _catch_up(gate_up, late)
+        self._catch_up(gate_up, late)
         gate, up = gate_up.chunk(2, -1)
         return F.silu(gate) * up
 
@@ -104,28 +103,18 @@ class ReferenceKernels:
         """See `Kernels`."""
         return x.argmax(-1)
 
-    def update(
-        self,
-        y: torch.Tensor,
-        x: torch.Tensor,
-        targets: UpdateTargets,
-        cores: torch.Tensor,
-        slots: torch.Tensor,
-    ) -> None:
-        """See `Kernels`."""
-        _catch_up(y, LateUpdate(F.linear(x, targets.v), targets, cores, slots))
+    def update(self, y: torch.Tensor, late: LateUpdate) -> None:
+        """See `Kernels`. Slot 0 holds zeros."""
+        targets, rank, width = late.targets, late.cores.shape[-1], 0
+        low = late.low.unflatten(-1, (-1, rank, 1))
+        for number, (site, first, columns) in enumerate(targets.targets.tolist()):
+            inner = torch.bmm(late.cores[late.slots, site], low[:, number]).squeeze(-1)
+            y[:, first : first + columns] += inner @ targets.u[:, width : width + columns]
+            width += columns
 
-
-def _catch_up(y: torch.Tensor, late: LateUpdate | None) -> None:
-    """Put an update into the outputs y [T, out] that it is of. Slot 0 holds zeros."""
-    if late is None:
-        return
-    targets, rank, width = late.targets, late.cores.shape[-1], 0
-    low = late.low.unflatten(-1, (-1, rank, 1))
-    for number, (site, first, columns) in enumerate(targets.targets.tolist()):
-        inner = torch.bmm(late.cores[late.slots, site], low[:, number]).squeeze(-1)
-        y[:, first : first + columns] += inner @ targets.u[:, width : width + columns]
-        width += columns
+    def _catch_up(self, y: torch.Tensor, late: LateUpdate | None) -> None:
+        if late is not None:
+            self.update(y, late)
 
 
 def _rotate(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,10 @@
 #include <cstdint>
 #include <cstring>
 
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
 namespace {
 
 #if defined(__AVX512F__)
@@ -35,11 +39,23 @@ using T = float;
 
 inline vf splat(float x) { return x - vf{}; }
 
+// How many numbers of type T lie in one lane of a vector that is read as it is, and in all lanes.
+constexpr int64_t PACK = sizeof(float) / sizeof(T), LANES = PACK * W;
+
 // Round to nearest even at bit 16, as torch does.
 inline vu half_bits(vf v) {
   vu u = (vu)v;
   return u + 0x7fff + ((u >> 16) & 1);
 }
+
+// Between 16 and 32 bits, without sign. GCC takes several instructions where AVX-512 has one.
+#if defined(__AVX512F__)
+inline vu wide(vh h) { return (vu)_mm512_cvtepu16_epi32((__m256i)h); }
+inline vh narrow(vu u) { return (vh)_mm512_cvtepi32_epi16((__m512i)u); }
+#else
+inline vu wide(vh h) { return __builtin_convertvector(h, vu); }
+inline vh narrow(vu u) { return __builtin_convertvector(u, vh); }
+#endif
 
 inline vf load(const float* p) {
   vf v;
@@ -49,11 +65,11 @@ inline vf load(const float* p) {
 inline vf load(const bf16* p) {
   vh h;
   std::memcpy(&h, p, sizeof h);
-  return (vf)(__builtin_convertvector(h, vu) << 16);
+  return (vf)(wide(h) << 16);
 }
 inline void store(float* p, vf v) { std::memcpy(p, &v, sizeof v); }
 inline void store(bf16* p, vf v) {
-  vh h = __builtin_convertvector(half_bits(v) >> 16, vh);
+  vh h = narrow(half_bits(v) >> 16);
   std::memcpy(p, &h, sizeof h);
 }
 
@@ -73,6 +89,27 @@ inline void store(T* p, vf v, int64_t n) {
   std::memcpy(p, part, n * sizeof(T));
 }
 
+// The first n of LANES numbers, as they lie; and the numbers of such lanes, one vector after another.
+inline vf packed(const T* p, int64_t n) {
+  vf v{};
+  if (n >= LANES) {
+    std::memcpy(&v, p, sizeof v);
+  } else {
+    T part[LANES] = {};
+    std::memcpy(part, p, n * sizeof(T));
+    std::memcpy(&v, part, sizeof v);
+  }
+  return v;
+}
+inline void unpack(vf lanes, vf* numbers) {
+#ifdef BFLOAT16
+  numbers[0] = (vf)((vu)lanes << 16);
+  numbers[1] = (vf)((vu)lanes & 0xffff0000u);
+#else
+  numbers[0] = lanes;
+#endif
+}
+
 inline vf rounded(vf v) {
 #ifdef BFLOAT16
   return (vf)(half_bits(v) & 0xffff0000u);
@@ -81,20 +118,26 @@ inline vf rounded(vf v) {
 #endif
 }
 
-// The vector with its lanes moved down by `by`, round and round.
-inline vf turned(vf v, int64_t by) {
+// The vector with its lanes moved down by BY, round and round. Indices that the compiler knows.
+template <int64_t BY>
+inline vf turned(vf v) {
   vi from;
-  for (int64_t i = 0; i < W; i++) from[i] = (i + by) % W;
+#pragma GCC unroll 16
+  for (int64_t i = 0; i < W; i++) from[i] = (i + BY) % W;
   return __builtin_shuffle(v, from);
 }
 inline vf larger(vf a, vf b) { return a > b ? a : b; }
 inline vf smaller(vf a, vf b) { return a < b ? a : b; }
+template <int64_t HALF = W / 2>
 inline float sum(vf v) {
-  for (int64_t half = W / 2; half; half /= 2) v += turned(v, half);
+  v += turned<HALF>(v);
+  if constexpr (HALF > 1) return sum<HALF / 2>(v);
   return v[0];
 }
+template <int64_t HALF = W / 2>
 inline float largest(vf v) {
-  for (int64_t half = W / 2; half; half /= 2) v = larger(v, turned(v, half));
+  v = larger(v, turned<HALF>(v));
+  if constexpr (HALF > 1) return largest<HALF / 2>(v);
   return v[0];
 }
 inline bool any(vi v) {

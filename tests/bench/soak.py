@@ -3,7 +3,8 @@
     python tests/bench/soak.py --minutes 60 --out runs/soak
 
 First closed-loop callers find the capacity; then requests arrive at random moments, `--load` of it
-on average. Every minute is a row; the plot has every sample.
+on average. Every minute is a row; the plot has every sample. A machine that shares its cores is
+slower in some minutes than in others: `stolen %` of their time its host gave to others meanwhile.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 
 import httpx
 import numpy as np
+import psutil
 from reliability.load import NO_LIMIT, Load, Outcome, ask, counted, quantile
 from reliability.processes import PROXY, measured, replica
 from reliability.report import table
@@ -26,6 +28,8 @@ from reliability.service import APP, Settings, body, running
 
 MIB = 2**20
 SAMPLE_S = 5.0
+STOLEN = "stolen s"
+CLOCKS = ("minute", STOLEN)
 WATCHED = {
     "LM": replica(APP, "LMReplica"),
     "router": replica(APP, "ClusterRouter"),
@@ -36,8 +40,9 @@ WATCHED = {
 
 
 def sample(begun: float) -> dict[str, float]:
-    """Memory in MiB and open handles of each kind of process, now."""
-    found: dict[str, float] = {"minute": (time.monotonic() - begun) / 60}
+    """Memory in MiB and open handles of each kind of process; seconds stolen since the boot."""
+    stolen = getattr(psutil.cpu_times(), "steal", 0.0)  # Linux alone tells
+    found: dict[str, float] = {"minute": (time.monotonic() - begun) / 60, STOLEN: stolen}
     for name, title in WATCHED.items():
         memory, handles = measured(title)
         found |= {f"{name} MiB": memory / MIB, f"{name} handles": handles}
@@ -80,7 +85,9 @@ def by_minute(found: dict[str, Any]) -> list[dict[str, Any]]:
         mine = [one for one in found["outcomes"] if begun <= one.begun < begun + 60]
         took = [one.took for one in mine if one.kind == "done"]
         first = [one.first - one.begun for one in mine if one.first is not None]
-        [*_, end] = [one for one in found["samples"] if one["minute"] < minute + 1]
+        inside = [one for one in found["samples"] if minute <= one["minute"] < minute + 1]
+        stolen = inside[-1][STOLEN] - inside[0][STOLEN]
+        seconds = 60 * (inside[-1]["minute"] - inside[0]["minute"]) * (psutil.cpu_count() or 1)
         rows.append(
             {
                 "minute": minute,
@@ -88,7 +95,8 @@ def by_minute(found: dict[str, Any]) -> list[dict[str, Any]]:
                 "p50 s": round(quantile(took, 0.5), 2),
                 "p99 s": round(quantile(took, 0.99), 2),
                 "first token p50 s": round(quantile(first, 0.5), 2),
-                **{key: round(value) for key, value in end.items() if key != "minute"},
+                "stolen %": round(100 * stolen / seconds, 1) if seconds else None,
+                **{key: round(value) for key, value in inside[-1].items() if key not in CLOCKS},
             }
         )
     return rows
@@ -101,7 +109,7 @@ def slopes(samples: list[dict[str, float]]) -> dict[str, float]:
     return {
         key: round(60 * float(np.polyfit(minutes, [one[key] for one in half], 1)[0]), 1)
         for key in half[0]
-        if key != "minute"
+        if key not in CLOCKS
     }
 
 

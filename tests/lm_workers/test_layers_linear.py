@@ -5,18 +5,25 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from adapter_gen.apply import init_bases
+from adapter_gen.update import HEAD, LoraDelta, Site, UpdateSpec
 from cluster_router.wire.errors import ConfigError
+from cluster_router.wire.types import AdapterKey
+from lm_workers.adapters import AdapterBank, RowSlots
 from lm_workers.layers import compiler
 from lm_workers.layers.choose import choose_kernels, choose_layout
-from lm_workers.layers.linear import LinearGroup, PackedProduct, PlainProduct
-from lm_workers.layers.panels import PanelProduct, is_bfloat16, load_library
+from lm_workers.layers.kernels import LateUpdate
+from lm_workers.layers.linear import LinearGroup, PackedProduct, PlainProduct, Product, RowUpdate
+from lm_workers.layers.panels import PairProduct, PanelProduct, is_bfloat16, load_floats
 from lm_workers.layers.reference import ReferenceKernels
 
+pairs = pytest.mark.skipif(not torch.cpu._is_avx512_bf16_supported(), reason="no AVX-512 BF16 here")
 packs = pytest.mark.skipif(
     not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="no bfloat16 in oneDNN here"
 )
@@ -59,6 +66,79 @@ def test_panels_give_the_numbers_of_the_plain_layout_and_the_same_bits_for_any_n
     assert torch.equal(PanelProduct(weight.T.contiguous().T, bias)(x), found)
 
 
+@pairs
+@torch.inference_mode()
+@pytest.mark.parametrize("shape", [(576, 960), (1536, 576), (33, 65), (8, 5)])
+def test_pairs_give_the_numbers_of_the_plain_layout_and_the_same_bits_for_any_number_of_rows(
+    cxx: str, shape: tuple[int, int]
+) -> None:
+    torch.manual_seed(0)
+    weight, bias = torch.randn(shape[1], shape[0]).bfloat16(), torch.randn(shape[1]).bfloat16()
+    x = torch.randn(140, shape[0] + 3).bfloat16()[:, : shape[0]]
+    expected = x.double() @ weight.double().T + bias.double()
+    pairs = PairProduct(weight, bias)
+    found = pairs(x)
+    assert found.dtype == torch.bfloat16
+    # Of each number half a unit in the last place, and of the largest one what float32 sums lose.
+    error = (found.double() - expected).abs() - 2**-8 * expected.abs()
+    assert error.max() <= 5e-6 * expected.abs().max()
+    assert not torch.equal(found, PairProduct(weight, None)(x))
+    for rows in (*range(1, 14), 33):
+        assert torch.equal(pairs(x[:rows]), found[:rows])
+        assert torch.equal(pairs(x[-rows:]), found[-rows:])
+    assert torch.equal(PairProduct(weight.T.contiguous().T, bias)(x), found)
+
+
+@packs
+def test_where_the_cpu_has_no_pairs_onednn_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> None:
+        raise compiler.CompileError("no such instruction")
+
+    monkeypatch.setattr("lm_workers.layers.choose.load_pairs", refuse)
+    assert choose_layout("auto", torch.bfloat16, "cpu") is PackedProduct
+
+
+class LatestKernels(ReferenceKernels):
+    """Leave every update."""
+
+    late_rank = 64
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("kernels", [ReferenceKernels(), LatestKernels()])
+@pytest.mark.parametrize("layout", [PlainProduct, PanelProduct])
+def test_a_group_adds_its_update_or_leaves_it(
+    cxx: str, layout: type[Product], kernels: ReferenceKernels
+) -> None:
+    torch.manual_seed(0)
+    members = [nn.Linear(16, 8), nn.Linear(16, 24, bias=False), nn.Linear(16, 8)]
+    sites = (Site("a", 16, 8), Site("c", 16, 8), Site(HEAD, 16, 16))
+    spec = UpdateSpec("full", 4, 16, sites)
+    bases = init_bases(spec, seed=0)
+    bank = AdapterBank(spec, bases, 2, torch.float32, "cpu")
+    cores = np.random.default_rng(0).standard_normal((3, 4, 4)).astype(np.float16)
+    delta = LoraDelta(AdapterKey("n", "b", 1, 0), cores=cores, shift=np.zeros(16, np.float16))
+    rows = RowSlots()
+    rows.tokens = torch.tensor([0, bank.acquire(delta), 0])
+    update = RowUpdate(bank, rows, kernels, bank.targets([(0, 0, 8), (1, 32, 8)]))
+    group, x = LinearGroup(members, layout, update), torch.randn(3, 16)
+    plain = torch.cat([member(x) for member in members], -1)
+    expected = plain.clone()
+    for site, first in ((0, 0), (1, 32)):
+        core = torch.from_numpy(cores[site]).float()
+        expected[1, first : first + 8] += bases.u[site] @ core @ bases.v[site] @ x[1]
+    torch.testing.assert_close(group(x[None]), expected[None])
+    y, late = group.leave(x)
+    assert (late is None) == (kernels.late_rank == 0)
+    if isinstance(late, LateUpdate):
+        torch.testing.assert_close(y, plain)
+        kernels.update(y, late)
+    torch.testing.assert_close(y, expected)
+    rows.tokens = None
+    torch.testing.assert_close(group(x), plain)
+    assert group.leave(x)[1] is None
+
+
 @torch.inference_mode()
 def test_a_group_gives_what_its_members_give() -> None:
     torch.manual_seed(0)
@@ -84,7 +164,7 @@ def test_without_a_compiler_the_reference_runs_and_the_log_says_so(
 ) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     compiler.compile_library.cache_clear()
-    load_library.cache_clear()
+    load_floats.cache_clear()
     with caplog.at_level(logging.WARNING):
         assert isinstance(choose_kernels("auto", torch.float32, "cpu"), ReferenceKernels)
         assert choose_layout("auto", torch.float32, "cpu") is PlainProduct

@@ -1,0 +1,162 @@
+// Products with bfloat16 weights laid out in panels: y = x W^T + b, by the CPU's dot products of
+// pairs of bfloat16 numbers (AVX-512 BF16), which are summed in float32.
+//
+// A panel holds 2 W output columns, two inputs at a time, so that a tile of a few rows and one panel
+// keeps its sums in registers. While a panel is worked on, the next one is fetched: reading weights
+// and computing go on together. Every sum runs over the inputs in their order, whatever the tile: a
+// row's numbers do not depend on the rows beside it.
+
+#include <immintrin.h>
+
+#include <algorithm>
+
+#include "vectors.h"
+
+#ifndef __AVX512BF16__
+#error "this CPU has no dot products of bfloat16 numbers (AVX-512 BF16)"
+#endif
+
+namespace {
+
+constexpr int64_t COLUMNS = 2 * W;   // of a panel
+constexpr int64_t TALL = 12;         // rows whose sums fit in 32 registers
+constexpr int64_t CACHED = 1 << 17;  // numbers of x that stay in a core's cache while panels pass
+
+inline vf dot(vf sum, vu a, vu b) {
+  return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+}
+
+inline uint32_t pair(const T* x, int64_t n) {
+  uint32_t both = 0;
+  std::memcpy(&both, x, n < 2 ? sizeof(T) : 2 * sizeof(T));
+  return both;
+}
+
+struct Product {
+  const T* x;
+  const uint32_t* weight;
+  const T* bias;
+  T* y;
+  int64_t x_stride, y_stride, rows, inputs, outputs;
+
+  int64_t pairs() const { return (inputs + 1) / 2; }
+  int64_t panels() const { return (outputs + COLUMNS - 1) / COLUMNS; }
+
+  template <int R, int P>
+  inline void multiply(const T* from, const uint32_t* at, int64_t size, int64_t n, bool ahead,
+                       vf (*acc)[2 * P]) const {
+    vu columns[2 * P];
+#pragma GCC unroll 8
+    for (int p = 0; p < P; p++) {
+      const uint32_t* w = at + p * size;
+      if (ahead) {
+        __builtin_prefetch(w + P * size, 0, 2);
+        __builtin_prefetch(w + P * size + W, 0, 2);
+      }
+      std::memcpy(columns + 2 * p, w, 2 * sizeof(vu));
+    }
+#pragma GCC unroll 12
+    for (int r = 0; r < R; r++) {
+      vu both = pair(from + r * x_stride, n) - vu{};
+#pragma GCC unroll 8
+      for (int c = 0; c < 2 * P; c++) acc[r][c] = dot(acc[r][c], both, columns[c]);
+    }
+  }
+
+  // Rows `row` to `row + R`, panels `panel` to `panel + P`.
+  template <int R, int P>
+  void tile(int64_t row, int64_t panel, bool ahead) const {
+    const int64_t size = pairs() * COLUMNS;
+    const T* from = x + row * x_stride;
+    const uint32_t* w = weight + panel * size;
+    vf acc[R][2 * P] = {};
+    for (int64_t k = 0; k < inputs / 2; k++)
+      multiply<R, P>(from + 2 * k, w + k * COLUMNS, size, 2, ahead, acc);
+    if (inputs % 2)
+      multiply<R, P>(from + inputs - 1, w + inputs / 2 * COLUMNS, size, 1, ahead, acc);
+    // Unrolled like the loops above: sums that are found by a variable would not stay in registers.
+#pragma GCC unroll 8
+    for (int c = 0; c < 2 * P; c++) {
+      int64_t at = panel * COLUMNS + c * W, left = outputs - at;
+      vf base = bias && left > 0 ? load(bias + at, left) : vf{};
+#pragma GCC unroll 12
+      for (int r = 0; r < R; r++)
+        if (left > 0) store(y + (row + r) * y_stride + at, acc[r][c] + base, left);
+    }
+  }
+
+  // Rows `row` to `stop` of one panel, in tiles of nearly equal height.
+  void column(int64_t row, int64_t stop, int64_t panel) const {
+    bool ahead = true;
+    for (int64_t tiles = (stop - row + TALL - 1) / TALL; tiles; tiles--, ahead = false) {
+      int64_t height = (stop - row + tiles - 1) / tiles;
+      switch (height) {
+        case 1: tile<1, 1>(row, panel, ahead); break;
+        case 2: tile<2, 1>(row, panel, ahead); break;
+        case 3: tile<3, 1>(row, panel, ahead); break;
+        case 4: tile<4, 1>(row, panel, ahead); break;
+        case 5: tile<5, 1>(row, panel, ahead); break;
+        case 6: tile<6, 1>(row, panel, ahead); break;
+        case 7: tile<7, 1>(row, panel, ahead); break;
+        case 8: tile<8, 1>(row, panel, ahead); break;
+        case 9: tile<9, 1>(row, panel, ahead); break;
+        case 10: tile<10, 1>(row, panel, ahead); break;
+        case 11: tile<11, 1>(row, panel, ahead); break;
+        case 12: tile<12, 1>(row, panel, ahead); break;
+      }
+      row += height;
+    }
+  }
+
+  // Several panels under one or two rows: more sums are under way at once.
+  template <int R, int P>
+  void few_rows(int64_t threads) const {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t panel = 0; panel < panels(); panel += P) {
+      if (panel + P <= panels()) {
+        tile<R, P>(0, panel, true);
+      } else {
+        for (int64_t p = panel; p < panels(); p++) tile<R, 1>(0, p, true);
+      }
+    }
+  }
+
+  void run(int64_t threads) const {
+    if (rows == 1) return few_rows<1, 4>(threads);
+    if (rows == 2) return few_rows<2, 2>(threads);
+    int64_t most = std::max<int64_t>(CACHED / inputs, TALL) / TALL * TALL;
+    int64_t blocks = (rows + most - 1) / most;
+#pragma omp parallel for collapse(2) num_threads(threads) schedule(static)
+    for (int64_t b = 0; b < blocks; b++)
+      for (int64_t panel = 0; panel < panels(); panel++)
+        column(b * rows / blocks, (b + 1) * rows / blocks, panel);
+  }
+};
+
+}  // namespace
+
+extern "C" {
+
+// Words of memory for the panels of a weight [outputs, inputs].
+int64_t panels_size(int64_t outputs, int64_t inputs) {
+  return (outputs + COLUMNS - 1) / COLUMNS * COLUMNS * ((inputs + 1) / 2);
+}
+
+// Lay a weight out into `panels`, which hold zeros; those that it does not fill stay.
+void lay_out(const T* weight, int64_t stride, int64_t step, int64_t outputs, int64_t inputs,
+             uint32_t* panels, int64_t threads) {
+  int64_t pairs = (inputs + 1) / 2;
+#pragma omp parallel for num_threads(threads)
+  for (int64_t column = 0; column < outputs; column++)
+    for (int64_t k = 0; k < inputs; k++) {
+      int64_t word = (column / COLUMNS * pairs + k / 2) * COLUMNS + column % COLUMNS;
+      ((T*)(panels + word))[k % 2] = weight[column * stride + k * step];
+    }
+}
+
+void product(const T* x, int64_t x_stride, const uint32_t* panels, const T* bias, T* y,
+             int64_t y_stride, int64_t rows, int64_t inputs, int64_t outputs, int64_t threads) {
+  Product{x, panels, bias, y, x_stride, y_stride, rows, inputs, outputs}.run(threads);
+}
+
+}  // extern "C"
