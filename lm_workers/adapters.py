@@ -13,11 +13,15 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+import torch.nn.functional as F
 
 from adapter_gen.update import LoraDelta, SharedBases, UpdateSpec
 
 OFF = 0
 """Slot of rows that run unadapted: its numbers are zero, so the base output is unchanged."""
+
+PIECE = 32
+"""Columns of a piece of U; native.cpp counts on it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +43,16 @@ class UpdateTargets:
         """`targets`, and the first column of each in `u`: int64 [G, 4], where `u` is."""
         columns = self.targets[:, 2:]
         return torch.cat([self.targets, columns.cumsum(0) - columns], 1).to(self.u.device)
+
+    @cached_property
+    def pieces(self) -> torch.Tensor:
+        """`u` in pieces of `PIECE` columns, [N, r, PIECE], to be read as one stream.
+
+        A site's last piece is filled up with zeros.
+        """
+        parts = self.u.split(self.targets[:, 2].tolist(), 1)
+        padded = [F.pad(part, (0, -part.shape[1] % PIECE)) for part in parts]
+        return torch.cat([part.unflatten(1, (-1, PIECE)).transpose(0, 1) for part in padded])
 
     @cached_property
     def most_columns(self) -> int:

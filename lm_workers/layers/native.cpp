@@ -10,6 +10,7 @@
 
 namespace {
 
+constexpr int64_t PIECE = 32;    // columns of a piece of U
 constexpr int64_t TALL = W / 2;  // rows of an update whose sums fit in registers
 constexpr int64_t ALONE = 512;   // tokens of context that one thread reads sooner than two share
 
@@ -44,12 +45,12 @@ void rotate(const T* x, const T* cosine, const T* sine, int64_t size, T* out) {
   }
 }
 
-// y += U core (V x) of one site, for up to R rows; V x is `low`. `ut` is U transposed, [rank,
-// ut_stride].
+// y += U core (V x) of one site, for up to R rows; V x is `low`. U comes transposed, in pieces
+// [rank, PIECE].
 template <int64_t R>
 void update_tile(T* y, int64_t y_stride, const T* low, int64_t low_stride, int64_t rows,
-                 const T* cores, int64_t cores_stride, const int64_t* slots, const T* ut,
-                 int64_t ut_stride, int64_t rank, int64_t width) {
+                 const T* cores, int64_t cores_stride, const int64_t* slots, const T* pieces,
+                 int64_t rank, int64_t width) {
   std::vector<float> inner(R * rank);
   for (int64_t r = 0; r < rows; r++) {
     const T *core = cores + slots[r] * cores_stride, *from = low + r * low_stride;
@@ -63,9 +64,9 @@ void update_tile(T* y, int64_t y_stride, const T* low, int64_t low_stride, int64
   for (int64_t o = 0; o < width; o += 2 * W) {
     vf acc[R][2] = {};
     int64_t left[2] = {width - o, std::max<int64_t>(0, width - o - W)};
-    for (int64_t j = 0; j < rank; j++) {
-      const T* from = ut + j * ut_stride + o;
-      vf weights[2] = {load(from, left[0]), left[1] ? load(from + W, left[1]) : vf{}};
+    const T* from = pieces + o / PIECE * PIECE * rank + o % PIECE;
+    for (int64_t j = 0; j < rank; j++, from += PIECE) {
+      vf weights[2] = {load(from), load(from + W)};
 #pragma GCC unroll 8
       for (int64_t r = 0; r < R; r++)
 #pragma GCC unroll 2
@@ -105,7 +106,7 @@ void rotate_and_store(T* qkv, int64_t stride, const T* cosine, const T* sine, co
                       const T* k_norm, float eps, const int64_t* slots, T* keys, T* values,
                       int64_t rows, int64_t heads, int64_t kv_heads, int64_t size,
                       int64_t threads) {
-#pragma omp parallel for num_threads(threads) if (rows > 32)
+#pragma omp parallel for num_threads(threads) if (rows > 8)
   for (int64_t t = 0; t < rows; t++) {
     T* x = qkv + t * stride;
     int64_t slot = slots[t] * kv_heads * size;
@@ -151,20 +152,21 @@ void argmax(const T* x, int64_t stride, int64_t* out, int64_t rows, int64_t size
 // y += U core (V x) with each row's own core. `low` holds V x of the targets side by side; a target
 // is (site, first column, width).
 void update(T* y, int64_t y_stride, const T* low, int64_t low_stride, int64_t rows, const T* cores,
-            int64_t num_sites, const int64_t* slots, const T* ut, int64_t ut_stride,
-            const int64_t* targets, int64_t num_targets, int64_t rank, int64_t threads) {
+            int64_t num_sites, const int64_t* slots, const T* pieces, const int64_t* targets,
+            int64_t num_targets, int64_t rank, int64_t threads) {
 #pragma omp parallel for num_threads(threads) if (rows > TALL)
   for (int64_t t = 0; t < rows; t += TALL) {
-    int64_t count = std::min(TALL, rows - t), column = 0;
+    int64_t count = std::min(TALL, rows - t);
+    const T* from = pieces;
     if (std::all_of(slots + t, slots + t + count, [](int64_t slot) { return !slot; })) continue;
     for (int64_t g = 0; g < num_targets; g++) {
       const int64_t *target = targets + 3 * g, width = target[2];
       auto tile = count == 1 ? update_tile<1> : count <= TALL / 2 ? update_tile<TALL / 2>
                                                                   : update_tile<TALL>;
       tile(y + t * y_stride + target[1], y_stride, low + t * low_stride + g * rank, low_stride,
-           count, cores + target[0] * rank * rank, num_sites * rank * rank, slots + t, ut + column,
-           ut_stride, rank, width);
-      column += width;
+           count, cores + target[0] * rank * rank, num_sites * rank * rank, slots + t, from, rank,
+           width);
+      from += (width + PIECE - 1) / PIECE * PIECE * rank;
     }
   }
 }

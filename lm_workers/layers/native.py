@@ -20,7 +20,7 @@ _SIGNATURES = {
     "rotate_and_store": "pippppfpppiiiii",
     "silu_mul": "pipiii",
     "argmax": "pipiii",
-    "update": "pipiipippipiii",
+    "update": "pipiipipppiii",
     "attend": "pippppipiiiiiifi",
 }
 _TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
@@ -156,7 +156,6 @@ class NativeKernels:
         _, sites, rank, _ = late.cores.shape
         self._update(
             y.data_ptr(), y.stride(0), low.data_ptr(), low.stride(0), len(y),
-            late.cores.data_ptr(), sites, late.slots.data_ptr(), targets.u.data_ptr(),
-            targets.u.stride(0), targets.targets.data_ptr(), len(targets.targets), rank,
-            self._threads,
+            late.cores.data_ptr(), sites, late.slots.data_ptr(), targets.pieces.data_ptr(),
+            targets.targets.data_ptr(), len(targets.targets), rank, self._threads,
         )  # fmt: skip

@@ -2,8 +2,8 @@
 // pairs of bfloat16 numbers (AVX-512 BF16), which are summed in float32.
 //
 // A panel holds 2 W output columns, two inputs at a time, so that a tile of a few rows and one panel
-// keeps its sums in registers. While a panel is worked on, the next one is fetched: reading weights
-// and computing go on together. Every sum runs over the inputs in their order, whatever the tile: a
+// keeps its sums in registers. While tiles pass over a panel the next one is fetched, little by
+// little: reading weights and computing go on together. Every sum runs over the inputs in their order, whatever the tile: a
 // row's numbers do not depend on the rows beside it.
 
 #include <immintrin.h>
@@ -32,6 +32,22 @@ inline uint32_t pair(const T* x, int64_t n) {
   return both;
 }
 
+// What to fetch while one of `tiles` tiles passes over a panel: its share of the next panel.
+struct Ahead {
+  const uint32_t* next;
+  int64_t done, lines;  // lines of memory already asked for; of a step, in parts of 2^16
+
+  Ahead(const uint32_t* next, int64_t pairs, int64_t tile, int64_t tiles)
+      : next(next), done(2 * pairs * tile / tiles), lines((2 << 16) / tiles) {}
+
+  template <bool LONE>
+  void fetch(int64_t step) const {
+    const uint32_t* line = next + (done + (step * lines >> 16)) * W;
+    __builtin_prefetch(line, 0, 2);
+    if (LONE) __builtin_prefetch(line + W, 0, 2);
+  }
+};
+
 struct Product {
   const T* x;
   const uint32_t* weight;
@@ -43,18 +59,12 @@ struct Product {
   int64_t panels() const { return (outputs + COLUMNS - 1) / COLUMNS; }
 
   template <int R, int P>
-  inline void multiply(const T* from, const uint32_t* at, int64_t size, int64_t n, bool ahead,
+  inline void multiply(const T* from, const uint32_t* at, int64_t size, int64_t n,
                        vf (*acc)[2 * P]) const {
     vu columns[2 * P];
 #pragma GCC unroll 8
-    for (int p = 0; p < P; p++) {
-      const uint32_t* w = at + p * size;
-      if (ahead) {
-        __builtin_prefetch(w + P * size, 0, 2);
-        __builtin_prefetch(w + P * size + W, 0, 2);
-      }
-      std::memcpy(columns + 2 * p, w, 2 * sizeof(vu));
-    }
+    for (int c = 0; c < 2 * P; c++)
+      std::memcpy(columns + c, at + c / 2 * size + c % 2 * W, sizeof(vu));
 #pragma GCC unroll 12
     for (int r = 0; r < R; r++) {
       vu both = pair(from + r * x_stride, n) - vu{};
@@ -63,17 +73,19 @@ struct Product {
     }
   }
 
-  // Rows `row` to `row + R`, panels `panel` to `panel + P`.
+  // Rows `row` to `row + R`, panels `panel` to `panel + P`, as one of `tiles` tiles of these panels.
   template <int R, int P>
-  void tile(int64_t row, int64_t panel, bool ahead) const {
+  void tile(int64_t row, int64_t panel, int64_t number, int64_t tiles) const {
     const int64_t size = pairs() * COLUMNS;
     const T* from = x + row * x_stride;
     const uint32_t* w = weight + panel * size;
+    Ahead ahead(w + P * size, P * pairs(), number, tiles);
     vf acc[R][2 * P] = {};
-    for (int64_t k = 0; k < inputs / 2; k++)
-      multiply<R, P>(from + 2 * k, w + k * COLUMNS, size, 2, ahead, acc);
-    if (inputs % 2)
-      multiply<R, P>(from + inputs - 1, w + inputs / 2 * COLUMNS, size, 1, ahead, acc);
+    for (int64_t k = 0; k < inputs / 2; k++) {
+      tiles == 1 ? ahead.fetch<true>(P * k) : ahead.fetch<false>(k);
+      multiply<R, P>(from + 2 * k, w + k * COLUMNS, size, 2, acc);
+    }
+    if (inputs % 2) multiply<R, P>(from + inputs - 1, w + inputs / 2 * COLUMNS, size, 1, acc);
     // Unrolled like the loops above: sums that are found by a variable would not stay in registers.
 #pragma GCC unroll 8
     for (int c = 0; c < 2 * P; c++) {
@@ -87,22 +99,22 @@ struct Product {
 
   // Rows `row` to `stop` of one panel, in tiles of nearly equal height.
   void column(int64_t row, int64_t stop, int64_t panel) const {
-    bool ahead = true;
-    for (int64_t tiles = (stop - row + TALL - 1) / TALL; tiles; tiles--, ahead = false) {
-      int64_t height = (stop - row + tiles - 1) / tiles;
+    int64_t tiles = (stop - row + TALL - 1) / TALL;
+    for (int64_t i = 0; i < tiles; i++) {
+      int64_t height = (stop - row + tiles - i - 1) / (tiles - i);
       switch (height) {
-        case 1: tile<1, 1>(row, panel, ahead); break;
-        case 2: tile<2, 1>(row, panel, ahead); break;
-        case 3: tile<3, 1>(row, panel, ahead); break;
-        case 4: tile<4, 1>(row, panel, ahead); break;
-        case 5: tile<5, 1>(row, panel, ahead); break;
-        case 6: tile<6, 1>(row, panel, ahead); break;
-        case 7: tile<7, 1>(row, panel, ahead); break;
-        case 8: tile<8, 1>(row, panel, ahead); break;
-        case 9: tile<9, 1>(row, panel, ahead); break;
-        case 10: tile<10, 1>(row, panel, ahead); break;
-        case 11: tile<11, 1>(row, panel, ahead); break;
-        case 12: tile<12, 1>(row, panel, ahead); break;
+        case 1: tile<1, 1>(row, panel, i, tiles); break;
+        case 2: tile<2, 1>(row, panel, i, tiles); break;
+        case 3: tile<3, 1>(row, panel, i, tiles); break;
+        case 4: tile<4, 1>(row, panel, i, tiles); break;
+        case 5: tile<5, 1>(row, panel, i, tiles); break;
+        case 6: tile<6, 1>(row, panel, i, tiles); break;
+        case 7: tile<7, 1>(row, panel, i, tiles); break;
+        case 8: tile<8, 1>(row, panel, i, tiles); break;
+        case 9: tile<9, 1>(row, panel, i, tiles); break;
+        case 10: tile<10, 1>(row, panel, i, tiles); break;
+        case 11: tile<11, 1>(row, panel, i, tiles); break;
+        case 12: tile<12, 1>(row, panel, i, tiles); break;
       }
       row += height;
     }
@@ -114,9 +126,9 @@ struct Product {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t panel = 0; panel < panels(); panel += P) {
       if (panel + P <= panels()) {
-        tile<R, P>(0, panel, true);
+        tile<R, P>(0, panel, 0, 1);
       } else {
-        for (int64_t p = panel; p < panels(); p++) tile<R, 1>(0, p, true);
+        for (int64_t p = panel; p < panels(); p++) tile<R, 1>(0, p, 0, 1);
       }
     }
   }
