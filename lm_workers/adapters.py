@@ -39,10 +39,16 @@ class UpdateTargets:
     v: torch.Tensor
 
     @cached_property
-    def places(self) -> torch.Tensor:
-        """`targets`, and the first column of each in `u`: int64 [G, 4], where `u` is."""
+    def sites(self) -> torch.Tensor:
+        """Each target's site: int64 [G], where `u` is."""
+        return self.targets[:, 0].contiguous().to(self.u.device)
+
+    @cached_property
+    def places(self) -> tuple[int, ...]:
+        """Of each target its first output column, its columns, and the first of them in `u`."""
         columns = self.targets[:, 2:]
-        return torch.cat([self.targets, columns.cumsum(0) - columns], 1).to(self.u.device)
+        found = torch.cat([self.targets[:, 1:], columns.cumsum(0) - columns], 1)
+        return tuple(found.flatten().tolist())
 
     @cached_property
     def pieces(self) -> torch.Tensor:
@@ -53,11 +59,6 @@ class UpdateTargets:
         parts = self.u.split(self.targets[:, 2].tolist(), 1)
         padded = [F.pad(part, (0, -part.shape[1] % PIECE)) for part in parts]
         return torch.cat([part.unflatten(1, (-1, PIECE)).transpose(0, 1) for part in padded])
-
-    @cached_property
-    def most_columns(self) -> int:
-        """Columns of the largest site."""
-        return int(self.targets[:, 2].max())
 
 
 class RowSlots:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,8 +23,26 @@ from lm_workers.sequence import Span
 
 log = logging.getLogger(__name__)
 
-Repeat = Callable[[], torch.Tensor]
-"""Computes again, from what its inputs hold by now, and returns the same tensor every time."""
+
+class Decoded(NamedTuple):
+    """What a decoding step computes.
+
+    Attributes:
+        hidden: final hidden states [T, d].
+        logits: [T, vocab], adapted; None where they cannot be recorded.
+    """
+
+    hidden: torch.Tensor
+    logits: torch.Tensor | None
+
+    def first(self, count: int) -> Decoded:
+        """Those of the first rows."""
+        logits = None if self.logits is None else self.logits[:count]
+        return Decoded(self.hidden[:count], logits)
+
+
+Repeat = Callable[[], Decoded]
+"""Computes again, from what its inputs hold by now, and returns the same tensors every time."""
 
 Recorder = Callable[[Repeat], Repeat]
 """Records a computation. That may run it, more than once. RuntimeError where it cannot."""
@@ -116,8 +135,8 @@ class DecodeGraphs:
     repeated, the log says why, and the caller computes as usual.
 
     Args:
-        compute: final hidden states [T, d] of a step. Its kernels must take the lengths of
-            sequences from `PagedStep.lengths`, and never wait for the device.
+        compute: a step. Its kernels must take the lengths of sequences from `PagedStep.lengths`,
+            and never wait for the device.
         record: makes a computation repeatable.
         cache: KV tensors.
         block_size: tokens in a block.
@@ -127,7 +146,7 @@ class DecodeGraphs:
 
     def __init__(
         self,
-        compute: Callable[[StepInputs], torch.Tensor],
+        compute: Callable[[StepInputs], Decoded],
         record: Recorder,
         cache: KVCache,
         block_size: int,
@@ -140,8 +159,8 @@ class DecodeGraphs:
         self._recorded: dict[Bucket, tuple[DecodeInputs, Repeat]] = {}
         self._works = True
 
-    def run(self, spans: Sequence[Span]) -> tuple[torch.Tensor, torch.Tensor | None] | None:
-        """Final hidden states [N, d] and adapter slots [N] of N spans of one token.
+    def run(self, spans: Sequence[Span]) -> tuple[Decoded, torch.Tensor | None] | None:
+        """What N spans of one token give, and their adapter slots [N].
 
         They hold until the next call. None where this step is not for graphs.
         """
@@ -163,7 +182,7 @@ class DecodeGraphs:
                 return None
             self._recorded[bucket] = inputs, repeat
         count = len(spans)
-        return repeat()[:count], None if inputs.slots is None else inputs.slots[:count]
+        return repeat().first(count), None if inputs.slots is None else inputs.slots[:count]
 
 
 class CudaRecorder:
@@ -199,7 +218,7 @@ class CudaRecorder:
         finally:
             torch.cuda.set_stream(current)  # one that fails does not go back to it
 
-        def repeat() -> torch.Tensor:
+        def repeat() -> Decoded:
             graph.replay()
             return result
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from cluster_router.wire.errors import ModelError
 from lm_workers.adapters import AdapterBank, RowSlots
 from lm_workers.attention import PAGED
-from lm_workers.graphs import DecodeGraphs, Recorder
+from lm_workers.graphs import Decoded, DecodeGraphs, Recorder
 from lm_workers.inputs import InputBuilder, StepInputs
 from lm_workers.kv_cache import KVCache
 from lm_workers.layers.head import AdaptedHead
@@ -44,11 +44,13 @@ class StepOutput:
         hidden: [T, d], final hidden states of every token of the batch.
         slots: int64 [T] adapter slots of the tokens, None when no token is adapted.
         offsets: row at which each span starts.
+        logits: adapted logits [T, vocab] of all of them, where the step came with them.
     """
 
     hidden: torch.Tensor
     slots: torch.Tensor | None
     offsets: tuple[int, ...]
+    logits: torch.Tensor | None = None
 
 
 class ModelRunner:
@@ -96,7 +98,7 @@ class ModelRunner:
         self._graphs: DecodeGraphs | None = None
         if record is not None:
             self._graphs = DecodeGraphs(
-                self._hidden, record, cache, block_size, self._min_rows, kernels.most_context
+                self._decoded, record, cache, block_size, self._min_rows, kernels.most_context
             )
 
     def check_context(self, max_context: int) -> None:
@@ -107,27 +109,35 @@ class ModelRunner:
     def step(self, batch: Batch) -> StepOutput:
         """Compute keys, values and final hidden states of every token in the batch."""
         with self._device or nullcontext():
-            hidden, slots = self._repeated(batch) or self._computed(batch)
+            decoded, slots = self._repeated(batch) or self._computed(batch)
         offsets = accumulate((span.length for span in batch.spans[:-1]), initial=0)
-        return StepOutput(hidden, slots, tuple(offsets))
+        return StepOutput(decoded.hidden, slots, tuple(offsets), decoded.logits)
 
     @torch.inference_mode()
     def logits(self, output: StepOutput, rows: list[int]) -> torch.Tensor:
         """Adapted logits [len(rows), vocab] of some of a step's rows."""
+        if output.logits is not None and rows == list(range(len(output.logits))):
+            return output.logits
         index = self._inputs.int64(self._enough(rows))
         slots = None if output.slots is None else output.slots[index]
         with self._device or nullcontext():
             return self.head(output.hidden[index], slots)[: len(rows)]
 
-    def _repeated(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+    def _repeated(self, batch: Batch) -> tuple[Decoded, torch.Tensor | None] | None:
         if self._graphs is None or not batch.only_decodes:
             return None
         return self._graphs.run(batch.spans)
 
-    def _computed(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _computed(self, batch: Batch) -> tuple[Decoded, torch.Tensor | None]:
         spans = self._enough(batch.spans) if batch.num_tokens == 1 else batch.spans
         inputs = self._inputs.build(spans)
-        return self._hidden(inputs), inputs.slots
+        return Decoded(self._hidden(inputs), None), inputs.slots
+
+    def _decoded(self, inputs: StepInputs) -> Decoded:
+        """A step of rows that all want logits; nothing in it waits for the device."""
+        hidden = self._hidden(inputs)
+        logits = None if self.head.waits else self.head(hidden, inputs.slots)
+        return Decoded(hidden, logits)
 
     def _hidden(self, inputs: StepInputs) -> torch.Tensor:
         """Final hidden states [T, d]."""

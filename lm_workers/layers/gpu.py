@@ -15,10 +15,15 @@ _PROGRAMS = 264
 """Programs that keep a GPU busy: two for each multiprocessor of a large one."""
 _SHARE = 256
 """Tokens of context that are not worth reading in more than one program."""
+_TOKENS, _BYTES = 128, 2**15
+"""The most tokens that a program reads at a time, and the most bytes of their keys."""
 _ROWS, _COLUMNS = 16, 128
 """Of a tile that a program computes; rows are what a product of matrices has at least."""
 
-_NO_TARGETS = {"TARGETS": 0, "RANK": 0, "RANKS": _ROWS}
+_PARTS, _SCAN = 32, 1024
+"""Parts of a row in which a largest number is looked for, and columns looked at together."""
+
+_NO_TARGETS = {"TARGETS": 0, "PLACES": (), "RANK": 0, "RANKS": _ROWS}
 
 
 def _power_of_two(least: int) -> int:
@@ -116,33 +121,50 @@ class GpuKernels(ReferenceKernels):
             out[start:stop] = prefill(query[start:stop], keys, values, length, scaling, window)
         return out
 
+    def argmax(self, x: torch.Tensor) -> torch.Tensor:
+        """See `Kernels`. A NaN is not a number that could be largest."""
+        rows, size = x.shape
+        share = -(-size // (_PARTS * _SCAN)) * _SCAN
+        tops = torch.empty(rows, _PARTS, dtype=torch.float32, device=x.device)
+        places = torch.empty(rows, _PARTS, dtype=torch.int32, device=x.device)
+        out = torch.empty(rows, dtype=torch.int64, device=x.device)
+        source.argmax_kernel[(rows, _PARTS)](
+            x, x.stride(0), size, share, tops, places, PARTS=_PARTS, BLOCK=_SCAN
+        )
+        source.first_of_kernel[(rows,)](tops, places, out, PARTS=_PARTS, num_warps=1)
+        return out
+
     def update(self, y: torch.Tensor, late: LateUpdate) -> None:
         """See `Kernels`."""
         if late.cores.shape[-1] > self.late_rank:
             super().update(y, late)
             return
         given = _late(late, y)
-        count, most = given.pop("TARGETS"), late.targets.most_columns
-        grid = (-(-len(y) // _ROWS), count, -(-most // _COLUMNS))
-        source.update_kernel[grid](
-            y, y.stride(0), len(y), **given, ROWS=_ROWS, BLOCK=_COLUMNS, PRECISION=_precision(y)
-        )
+        rank, places = given["RANK"], given.pop("PLACES")
+        for target in range(given.pop("TARGETS")):
+            place = places[3 * target : 3 * target + 3]
+            one = {"low": late.low[:, target * rank :], "site_of": late.targets.sites[target:]}
+            source.update_kernel[(-(-len(y) // _ROWS), -(-place[1] // _COLUMNS))](
+                y, y.stride(0), len(y), **{**given, **one}, PLACES=place,
+                ROWS=_ROWS, BLOCK=_COLUMNS, PRECISION=_precision(y),
+            )  # fmt: skip
 
 
 def _late(late: LateUpdate | None, y: torch.Tensor) -> dict[str, Any]:
     """A late update of the outputs y as the kernels take it."""
-    names = ("low", "cores", "u", "slots", "places")
+    names = ("low", "cores", "u", "slots", "site_of")
     if late is None:
         nothing = dict.fromkeys(names, y)
         return {**nothing, "low_stride": 0, "u_stride": 0, "sites": 0, **_NO_TARGETS}
     targets, (_, sites, rank, _) = late.targets, late.cores.shape
-    tensors = (late.low, late.cores, targets.u, late.slots, targets.places)
+    tensors = (late.low, late.cores, targets.u, late.slots, targets.sites)
     return {
         **dict(zip(names, tensors, strict=True)),
         "low_stride": late.low.stride(0),
         "u_stride": targets.u.stride(0),
         "sites": sites,
         "TARGETS": len(targets.targets),
+        "PLACES": targets.places,
         "RANK": rank,
         "RANKS": max(_ROWS, _power_of_two(rank)),
     }
@@ -185,7 +207,7 @@ def _decode(
     longest = longest if window is None else min(longest, window)
     splits = min(-(-longest // _SHARE), max(1, _PROGRAMS // (count * kv_heads)))
     splits = _power_of_two(splits)
-    device = query.device
+    padded, device = max(_ROWS, _power_of_two(size)), query.device
     parts = torch.empty(count * heads * splits * size, dtype=torch.float32, device=device)
     sums = torch.empty(count * heads * splits, dtype=torch.float32, device=device)
     source.decode_kernel[(count, kv_heads, splits)](
@@ -193,8 +215,8 @@ def _decode(
         paged.tables, paged.tables.stride(0), paged.tables.stride(1),
         kv_heads, size, paged.block_size, window or 0, scaling,
         SHARED=heads // kv_heads, HEADS=max(_ROWS, _power_of_two(heads // kv_heads)),
-        SIZE=max(_ROWS, _power_of_two(size)), TOKENS=64, SPLITS=splits,
-        WINDOW=window is not None, PRECISION=_precision(query),
+        SIZE=padded, TOKENS=min(_TOKENS, _BYTES // (padded * query.element_size())), SPLITS=splits,
+        WINDOW=window is not None, PRECISION=_precision(query), num_stages=2,
     )  # fmt: skip
     if splits > 1:
         source.combine_kernel[(count * heads,)](

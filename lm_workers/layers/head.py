@@ -36,6 +36,11 @@ class AdaptedHead:
             self._targets = bank.targets([(bank.spec.head, 0, bank.spec.hidden_size)])
             self._low = layout(self._targets.v, None)
 
+    @property
+    def waits(self) -> bool:
+        """Whether its updates are looked up from Python, which waits for the slots."""
+        return self._bank is not None and self._targets is None
+
     def __call__(self, hidden: torch.Tensor, slots: torch.Tensor | None) -> torch.Tensor:
         """hidden [N, d], slots [N] or None (no row adapted) -> logits [N, vocab]."""
         if self._bank is None or slots is None:

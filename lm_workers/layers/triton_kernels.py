@@ -3,9 +3,11 @@
 Every kernel rounds to the model's dtype where the reference does. Sizes that are no power of two
 are padded with masked lanes. Row strides are in elements; inner dimensions are contiguous.
 
-A late update comes as `low` [T, G * r], `cores` [slots, sites, r, r], `u` [r, columns], `slots` [T]
-and `places` [G, 4]: each target's site, first column in the outputs, columns, first column in `u`.
-With no targets (TARGETS 0) none of them is read.
+A late update comes as `low` [T, G * r], `cores` [slots, sites, r, r], `u` [r, columns], `slots`
+[T], `site_of` [G], and three numbers for each target in PLACES: its first column in the outputs,
+its columns, and the first of them in `u`. With no targets (TARGETS 0) none of them is read. These
+kernels are so short that the order of their loads is most of their time: none waits for another
+but the core for its slot.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -46,13 +48,14 @@ def norm_kernel(
 
 
 @triton.jit
-def _turned(low, low_stride, cores, slot, row, target, site, sites, RANK, RANKS: tl.constexpr):
+def _turned(
+    low, low_stride, cores, slot, row, rows, target, site, sites, RANK, RANKS: tl.constexpr
+):  # fmt: skip
     """core (V x) of rows [R] for one target, float32 [R, RANKS]; zeros in slot 0."""
     inner, outer = tl.arange(0, RANKS), tl.arange(0, RANKS)
-    adapted = slot != 0
     narrow = tl.load(
         low + row[:, None] * low_stride + target * RANK + inner[None, :],
-        mask=adapted[:, None] & (inner < RANK)[None, :],
+        mask=(row < rows)[:, None] & (inner < RANK)[None, :],
         other=0,
     )
     core = tl.load(
@@ -60,41 +63,47 @@ def _turned(low, low_stride, cores, slot, row, target, site, sites, RANK, RANKS:
         + ((slot * sites + site) * RANK * RANK)[:, None, None]
         + outer[None, :, None] * RANK
         + inner[None, None, :],
-        mask=adapted[:, None, None] & (outer < RANK)[None, :, None] & (inner < RANK)[None, None, :],
+        mask=(outer < RANK)[None, :, None] & (inner < RANK)[None, None, :],
         other=0,
     )
-    return tl.sum(core.to(tl.float32) * narrow.to(tl.float32)[:, None, :], 2)
+    turned = tl.sum(core.to(tl.float32) * narrow.to(tl.float32)[:, None, :], 2)
+    return tl.where((slot != 0)[:, None], turned, 0)
+
+
+@triton.jit
+def _is_within(column, first, columns):
+    return (column >= first) & (column < first + columns)
 
 
 @triton.jit
 def _changed(
-    y, base, low, low_stride, cores, u, u_stride, slot, row, places, sites,
-    TARGETS: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr,
+    y, base, low, low_stride, cores, u, u_stride, slot, row, rows, site_of, sites,
+    TARGETS: tl.constexpr, PLACES: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """y [ROWS, BLOCK], outputs from column `base` on, all of one target or of none, updated."""
     change = tl.zeros((ROWS, BLOCK), tl.float32)
     for target in tl.static_range(TARGETS):
-        site = tl.load(places + target * 4)
-        first = tl.load(places + target * 4 + 1)
-        columns = tl.load(places + target * 4 + 2)
-        if (base >= first) & (base < first + columns):
-            column = base - first + tl.arange(0, BLOCK)
+        if _is_within(base, PLACES[3 * target], PLACES[3 * target + 1]):
+            column = base - PLACES[3 * target] + tl.arange(0, BLOCK)
             rank = tl.arange(0, RANKS)
             wide = tl.load(
-                u + rank[:, None] * u_stride + tl.load(places + target * 4 + 3) + column[None, :],
-                mask=(rank < RANK)[:, None] & (column < columns)[None, :],
+                u + rank[:, None] * u_stride + PLACES[3 * target + 2] + column[None, :],
+                mask=(rank < RANK)[:, None] & (column < PLACES[3 * target + 1])[None, :],
                 other=0,
             )
-            turned = _turned(low, low_stride, cores, slot, row, target, site, sites, RANK, RANKS)
+            site = tl.load(site_of + target)
+            turned = _turned(
+                low, low_stride, cores, slot, row, rows, target, site, sites, RANK, RANKS
+            )
             change = tl.dot(turned.to(wide.dtype), wide, input_precision=PRECISION)
     return (y.to(tl.float32) + _rounded(change, y)).to(y.dtype)
 
 
 @triton.jit(do_not_specialize=["rows"])
 def silu_mul_kernel(
-    x, x_stride, out, rows, size, low, low_stride, cores, u, u_stride, slots, places, sites,
-    TARGETS: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr,
+    x, x_stride, out, rows, size, low, low_stride, cores, u, u_stride, slots, site_of, sites,
+    TARGETS: tl.constexpr, PLACES: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows by BLOCK columns."""
@@ -108,12 +117,12 @@ def silu_mul_kernel(
     if TARGETS > 0:
         slot = tl.load(slots + row, mask=row < rows, other=0)
         gate = _changed(
-            gate, base, low, low_stride, cores, u, u_stride, slot, row, places, sites,
-            TARGETS, RANK, RANKS, ROWS, BLOCK, PRECISION,
+            gate, base, low, low_stride, cores, u, u_stride, slot, row, rows, site_of, sites,
+            TARGETS, PLACES, RANK, RANKS, ROWS, BLOCK, PRECISION,
         )  # fmt: skip
         up = _changed(
-            up, base + size, low, low_stride, cores, u, u_stride, slot, row, places, sites,
-            TARGETS, RANK, RANKS, ROWS, BLOCK, PRECISION,
+            up, base + size, low, low_stride, cores, u, u_stride, slot, row, rows, site_of, sites,
+            TARGETS, PLACES, RANK, RANKS, ROWS, BLOCK, PRECISION,
         )  # fmt: skip
     wide = gate.to(tl.float32)
     silu = _rounded(wide / (1 + tl.exp(-wide)), gate)
@@ -124,8 +133,8 @@ def silu_mul_kernel(
 @triton.jit(do_not_specialize=["rows"])
 def add_kernel(
     into, into_stride, x, x_stride, rows, size,
-    low, low_stride, cores, u, u_stride, slots, places, sites,
-    TARGETS: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr,
+    low, low_stride, cores, u, u_stride, slots, site_of, sites,
+    TARGETS: tl.constexpr, PLACES: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows by BLOCK columns of into += x."""
@@ -137,8 +146,8 @@ def add_kernel(
     if TARGETS > 0:
         slot = tl.load(slots + row, mask=row < rows, other=0)
         value = _changed(
-            value, base, low, low_stride, cores, u, u_stride, slot, row, places, sites,
-            TARGETS, RANK, RANKS, ROWS, BLOCK, PRECISION,
+            value, base, low, low_stride, cores, u, u_stride, slot, row, rows, site_of, sites,
+            TARGETS, PLACES, RANK, RANKS, ROWS, BLOCK, PRECISION,
         )  # fmt: skip
     place = into + row[:, None] * into_stride + column[None, :]
     before = tl.load(place, mask=inside, other=0)
@@ -147,16 +156,15 @@ def add_kernel(
 
 @triton.jit
 def _head_change(
-    base, half, low, low_stride, cores, u, u_stride, slot, row, places, sites,
-    TARGETS: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr, HALF: tl.constexpr,
+    base, half, low, low_stride, cores, u, u_stride, slot, row, site_of, sites,
+    TARGETS: tl.constexpr, PLACES: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr,
+    HALF: tl.constexpr,
 ):  # fmt: skip
     """What to add to each half of a row's outputs from column `base` on, float32 [HALF]."""
     left, right = tl.zeros((HALF,), tl.float32), tl.zeros((HALF,), tl.float32)
     for target in tl.static_range(TARGETS):
-        site = tl.load(places + target * 4)
-        first = tl.load(places + target * 4 + 1)
-        columns = tl.load(places + target * 4 + 2)
-        if (base >= first) & (base < first + columns):
+        if _is_within(base, PLACES[3 * target], PLACES[3 * target + 1]):
+            site = tl.load(site_of + target)
             inner, outer = tl.arange(0, RANKS), tl.arange(0, RANKS)
             narrow = tl.load(
                 low + row * low_stride + target * RANK + inner, mask=inner < RANK, other=0
@@ -170,13 +178,13 @@ def _head_change(
                 other=0,
             )
             turned = tl.sum(core.to(tl.float32) * narrow.to(tl.float32)[None, :], 1)
-            turned = _rounded(turned, narrow)
+            turned = tl.where(slot != 0, _rounded(turned, narrow), 0)
             column = tl.arange(0, HALF)
             place = (
                 u
                 + outer[:, None] * u_stride
-                + tl.load(places + target * 4 + 3)
-                + (base - first + column)[None, :]
+                + PLACES[3 * target + 2]
+                + (base - PLACES[3 * target] + column)[None, :]
             )
             inside = (outer < RANK)[:, None] & (column < half)[None, :]
             wide = tl.load(place, mask=inside, other=0)
@@ -189,8 +197,8 @@ def _head_change(
 @triton.jit
 def rotate_and_store_kernel(
     qkv, stride, cosine, sine, query_norm, key_norm, eps, write_slots, keys, values,
-    heads, kv_heads, size, low, low_stride, cores, u, u_stride, slots, places, sites,
-    TARGETS: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr,
+    heads, kv_heads, size, low, low_stride, cores, u, u_stride, slots, site_of, sites,
+    TARGETS: tl.constexpr, PLACES: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr,
     NORM: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     """One head of a row: queries stay where they are, keys and values go into the cache."""
@@ -204,13 +212,12 @@ def rotate_and_store_kernel(
     right = tl.load(source + upper, mask=inside, other=0)
     if TARGETS > 0:
         slot = tl.load(slots + row)
-        if slot != 0:
-            to_left, to_right = _head_change(
-                head * size, half, low, low_stride, cores, u, u_stride, slot, row, places, sites,
-                TARGETS, RANK, RANKS, HALF,
-            )  # fmt: skip
-            left = (left.to(tl.float32) + _rounded(to_left, left)).to(left.dtype)
-            right = (right.to(tl.float32) + _rounded(to_right, right)).to(right.dtype)
+        to_left, to_right = _head_change(
+            head * size, half, low, low_stride, cores, u, u_stride, slot, row, site_of, sites,
+            TARGETS, PLACES, RANK, RANKS, HALF,
+        )  # fmt: skip
+        left = (left.to(tl.float32) + _rounded(to_left, left)).to(left.dtype)
+        right = (right.to(tl.float32) + _rounded(to_right, right)).to(right.dtype)
     place = tl.load(write_slots + row)
     if head >= heads + kv_heads:
         target = values + (place * kv_heads + head - heads - kv_heads) * size
@@ -321,23 +328,47 @@ def combine_kernel(parts, sums, out, size, SPLITS: tl.constexpr, SIZE: tl.conste
 
 @triton.jit(do_not_specialize=["rows"])
 def update_kernel(
-    y, y_stride, rows, low, low_stride, cores, u, u_stride, slots, places, sites,
-    RANK: tl.constexpr, RANKS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    PRECISION: tl.constexpr,
+    y, y_stride, rows, low, low_stride, cores, u, u_stride, slots, site_of, sites,
+    PLACES: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows by BLOCK columns of one target of the outputs y, in place."""
-    target = places + tl.program_id(1) * 4
-    first, columns = tl.load(target + 1), tl.load(target + 2)
-    start = tl.program_id(2) * BLOCK
-    if start < columns:
-        row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    start = tl.program_id(1) * BLOCK
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = start + tl.arange(0, BLOCK)
+    slot = tl.load(slots + row, mask=row < rows, other=0)
+    inside = (slot != 0)[:, None] & (column < PLACES[1])[None, :]
+    place = y + row[:, None] * y_stride + PLACES[0] + column[None, :]
+    before = tl.load(place, mask=inside, other=0)
+    after = _changed(
+        before, PLACES[0] + start, low, low_stride, cores, u, u_stride, slot, row, rows, site_of,
+        sites, 1, PLACES, RANK, RANKS, ROWS, BLOCK, PRECISION,
+    )  # fmt: skip
+    tl.store(place, after, mask=inside)
+
+
+@triton.jit
+def argmax_kernel(x, x_stride, size, share, tops, places, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    """The largest number in a part of a row, `share` columns, and its first column."""
+    row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    best = tl.full((BLOCK,), float("-inf"), tl.float32)
+    where = tl.full((BLOCK,), 0, tl.int32) + part * share
+    for start in range(part * share, (part + 1) * share, BLOCK):
         column = start + tl.arange(0, BLOCK)
-        slot = tl.load(slots + row, mask=row < rows, other=0)
-        inside = (slot != 0)[:, None] & (column < columns)[None, :]
-        place = y + row[:, None] * y_stride + first + column[None, :]
-        before = tl.load(place, mask=inside, other=0)
-        after = _changed(
-            before, first + start, low + tl.program_id(1) * RANK, low_stride, cores, u, u_stride,
-            slot, row, target, sites, 1, RANK, RANKS, ROWS, BLOCK, PRECISION,
-        )  # fmt: skip
-        tl.store(place, after, mask=inside)
+        value = tl.load(x + row * x_stride + column, mask=column < size, other=float("-inf"))
+        above = value.to(tl.float32) > best
+        best = tl.where(above, value.to(tl.float32), best)
+        where = tl.where(above, column, where)
+    top = tl.max(best, 0)
+    tl.store(tops + row * PARTS + part, top)
+    tl.store(places + row * PARTS + part, tl.min(tl.where(best == top, where, size), 0))
+
+
+@triton.jit
+def first_of_kernel(tops, places, out, PARTS: tl.constexpr):
+    """The first column of a row's largest number, from those of its parts."""
+    row, part = tl.program_id(0), tl.arange(0, PARTS)
+    best = tl.load(tops + row * PARTS + part)
+    where = tl.load(places + row * PARTS + part)
+    found = tl.min(tl.where(best == tl.max(best, 0), where, 2147483647), 0)
+    tl.store(out + row, found.to(tl.int64))

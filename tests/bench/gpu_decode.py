@@ -5,7 +5,7 @@
 
 Models have random weights; nothing is downloaded. On a GPU it also decodes without CUDA graphs, to
 compare; `--set cuda_graphs=false` leaves them out everywhere, `--set kernels=reference` measures
-plain torch. `--parts profile` writes the time of each kernel to profile-SHAPE.txt. Writes
+plain torch. `--parts profile` writes the time of each kernel to profile-SHAPE-*.txt. Writes
 gpu_decode.json and gpu_decode.md to `--out`, anew after every part. Without a CUDA device it says
 so and ends with status 2, unless `--device cpu`.
 """
@@ -31,7 +31,7 @@ from serving_bench.random_models import SHAPES
 PARTS = {
     "decode": "decode steps alone",
     "serve": "whole requests, prefill included",
-    "profile": "time of each kernel at the largest batch",
+    "profile": "time of each kernel",
 }
 
 
@@ -109,7 +109,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         for part in args.parts:
             say(f"{shape}: {PARTS[part]}")
             if part == "profile":
-                (args.out / f"profile-{shape}.txt").write_text(bench.profile())
+                for name, text in bench.profile().items():
+                    (args.out / f"profile-{shape}-{name}.txt").write_text(text)
             else:
                 report[part] += bench.decode() if part == "decode" else bench.serve()
             write(report, args.out)

@@ -17,13 +17,14 @@ from torch.utils._pytree import tree_leaves
 
 from adapter_gen.apply import init_bases
 from adapter_gen.sites import discover_sites
-from adapter_gen.update import LoraDelta, SharedBases, UpdateSpec
+from adapter_gen.update import Depth, LoraDelta, SharedBases, UpdateSpec
 from cluster_router.wire.types import AdapterKey, Assignment, SamplingParams, TokenizedRequest
 from lm_workers import build
 from lm_workers.build import build_engine
 from lm_workers.config import EngineConfig
 from lm_workers.engine import Engine
-from lm_workers.graphs import Bucket, Repeat, choose_bucket
+from lm_workers.graphs import Bucket, Decoded, Repeat, choose_bucket
+from lm_workers.layers.head import AdaptedHead
 from lm_workers.layers.reference import ReferenceKernels
 from lm_workers.models import load_causal_lm
 from lm_workers.sequence import Span
@@ -54,9 +55,11 @@ def prompts(count: int, longest: int = 60) -> list[list[int]]:
     ]
 
 
-def update_of(path: Path) -> tuple[UpdateSpec, SharedBases, list[LoraDelta | None]]:
+def update_of(
+    path: Path, depth: Depth = "full"
+) -> tuple[UpdateSpec, SharedBases, list[LoraDelta | None]]:
     """Random bases, and the updates of three clusters after None."""
-    spec = discover_sites(load_causal_lm(path, torch.float32, "cpu"), "full", rank=4, alpha=2.0)
+    spec = discover_sites(load_causal_lm(path, torch.float32, "cpu"), depth, rank=4, alpha=2.0)
     bases, generator = init_bases(spec, seed=0), torch.Generator().manual_seed(1)
 
     def normal(shape: tuple[int, ...]) -> torch.Tensor:
@@ -133,7 +136,7 @@ class OperationRecorder:
             result = compute()
         number = self.recorded = self.recorded + 1
 
-        def repeat() -> torch.Tensor:
+        def repeat() -> Decoded:
             self.repeated.append(number)
             operations.repeat()
             return result
@@ -161,6 +164,35 @@ def test_recorded_steps_give_the_tokens_of_computed_ones(
     assert answers(engine, mixed(deltas)) == found
     assert len(recorder.repeated) == repeated
     assert answers(engine, mixed([None])) != found
+
+
+@pytest.mark.parametrize(("depth", "recorded"), [("full", True), ("head", True), ("paper", False)])
+def test_logits_are_recorded_too_where_nothing_in_them_waits(
+    tiny_llama: Path,
+    depth: Depth,
+    recorded: bool,
+    recorder: OperationRecorder,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    spec, bases, deltas = update_of(tiny_llama, depth)
+    engine = build_engine(tiny_llama, CONFIG, (spec, bases))
+    found = answers(engine, mixed(deltas))
+    computed, compute = [], AdaptedHead.__call__
+
+    def counted(head: AdaptedHead, *args: Any) -> torch.Tensor:
+        computed.append(1)
+        return compute(head, *args)
+
+    steps, step = [], engine._runner.step
+    monkeypatch.setattr(AdaptedHead, "__call__", counted)
+    monkeypatch.setattr(engine._runner, "step", lambda batch: steps.append(1) or step(batch))
+    repeated = len(recorder.repeated)
+    assert answers(engine, mixed(deltas)) == found
+    repeated = len(recorder.repeated) - repeated
+    assert repeated > 10
+    assert len(steps) - len(computed) == (repeated if recorded else 0)
+    engine._runner._graphs = None
+    assert answers(engine, mixed(deltas)) == found
 
 
 def test_a_longer_context_takes_a_larger_graph(

@@ -130,16 +130,20 @@ class ShapeBench:
         engine.prepare(Workload(requests, output_tokens, batch))
         return decode_seconds(engine, requests, steps, output_tokens)
 
-    def profile(self) -> str:
-        """Time on the device by kernel, over one run at the largest batch, a cluster for each row.
+    def profile(self) -> dict[str, str]:
+        """Time on the device by kernel, for each batch size: unadapted, and a cluster for each row.
 
         Prefill is in it too.
         """
-        batch = max(self._args.batches)
-        self._decode_once(batch, batch, 0)  # records what it will repeat
-        with torch.profiler.profile() as found:
-            self._decode_once(batch, batch, 1)
-        return found.key_averages().table(sort_by="self_device_time_total", row_limit=40)
+        tables = {}
+        for batch in self._args.batches:
+            for name, clusters in (("off", None), ("on", batch)):
+                self._decode_once(batch, clusters, 0)  # records what it will repeat
+                with torch.profiler.profile() as found:
+                    self._decode_once(batch, clusters, 1)
+                order = "self_device_time_total"
+                tables[f"{batch}-{name}"] = found.key_averages().table(order, row_limit=40)
+        return tables
 
     def _row(
         self, batch: int, clusters: int | str | None, seconds: list[float], base: float
@@ -165,12 +169,18 @@ class ShapeBench:
         batch = max(self._args.batches)
         text = [token for one in prompts(self._vocab_size, 400, seed=-1) for token in one]
         speeds: dict[int | None, list[float]] = {None: [], **{c: [] for c in self._args.clusters}}
+
+        def speed(clusters: int | None, repeat: int) -> float:
+            load = make_workload(text, clusters, batch, repeat, requests=4 * batch)
+            engine = self._engines[clusters is not None]
+            engine.prepare(load)
+            return run_figures(engine.run(load)).tokens_per_s
+
+        for clusters in (None, min(self._args.clusters)):
+            speed(clusters, -1)  # records what others repeat
         for repeat in range(self._args.repeats):
             for clusters, found in speeds.items():
-                load = make_workload(text, clusters, batch, repeat, requests=4 * batch)
-                engine = self._engines[clusters is not None]
-                engine.prepare(load)
-                found.append(run_figures(engine.run(load)).tokens_per_s)
+                found.append(speed(clusters, repeat))
         base = statistics.median(speeds[None])
         return [
             {
