@@ -32,8 +32,9 @@ class EngineConfig(BaseModel):
         max_adapters: updates resident on the device; the least recently used makes room.
         max_wait_s: a request that has waited this long goes before every warm cluster.
         max_queued: requests waiting before new ones are refused.
-        linear: layout of the weights. `packed` is laid out for this CPU's kernels, by oneDNN for
-            bfloat16 and by our own for float32; `auto` takes it wherever it is possible.
+        linear: layout of the weights. `packed` is laid out for this CPU's kernels: our own for
+            float32, and for bfloat16 where it has AVX-512 BF16, else oneDNN's; `auto` takes it
+            wherever it is possible.
         kernels: what computes the rest of a layer. `native` is compiled, C++ on a CPU and Triton on
             a GPU; `auto` falls back to `reference`, plain torch, where there is no compiler.
         cuda_graphs: on a GPU, record decoding steps of each size and repeat them, which saves the

@@ -22,14 +22,14 @@ struct Places {
 // What one thread of `attend` works with. Rows are the query heads of a tile's tokens.
 struct Scratch {
   int64_t width, rows;  // head size and row count, rounded up to whole vectors and register tiles
-  std::vector<float> query, keys, values, out, weights, best, total;
+  std::vector<float> keys, values, out, weights, best, total;
   std::vector<int64_t> first, end;
-  std::vector<T> zeros;
+  std::vector<T> query, zeros;
 
   Scratch(int64_t size, int64_t kv_heads, int64_t rows)
-      : width((size + LANES - 1) / LANES * LANES), rows(rows), query(rows * width),
-        keys(width / PACK * KEYS), values(KEYS * width), out(rows * width), weights(rows * KEYS),
-        best(rows), total(rows), first(rows), end(rows), zeros(kv_heads * size) {}
+      : width((size + LANES - 1) / LANES * LANES), rows(rows), keys(width / PACK * KEYS),
+        values(KEYS * width), out(rows * width), weights(rows * KEYS), best(rows), total(rows),
+        first(rows), end(rows), query(rows * width), zeros(kv_heads * size) {}
 };
 
 // One round of a transposition: lanes whose numbers differ in the bit STEP change places.
@@ -58,19 +58,18 @@ inline void transpose(vf* r) {
 }
 
 // Scores of 4 rows against KEYS keys, then their weights, with the maximum seen so far.
-inline void score(Scratch& s, int64_t row, int64_t position) {
+inline void score(Scratch& s, int64_t row, int64_t position, float scale) {
   vf acc[ROWS][KEYS / W] = {};
-  const float* q = &s.query[row * s.width];
-  for (int64_t d = 0; d < s.width; d += PACK)
+  const T* q = &s.query[row * s.width];
+  for (int64_t d = 0; d < s.width; d += PACK) {
+    vf key[KEYS / W];
 #pragma GCC unroll 2
-    for (int64_t v = 0; v < KEYS / W; v++) {
-      vf key[PACK];
-      unpack(load(&s.keys[d / PACK * KEYS + v * W]), key);
-#pragma GCC unroll 2
-      for (int64_t i = 0; i < PACK; i++)
+    for (int64_t v = 0; v < KEYS / W; v++) key[v] = load(&s.keys[d / PACK * KEYS + v * W]);
 #pragma GCC unroll 4
-        for (int64_t r = 0; r < ROWS; r++) acc[r][v] += q[r * s.width + d + i] * key[i];
-    }
+    for (int64_t r = 0; r < ROWS; r++)
+#pragma GCC unroll 2
+      for (int64_t v = 0; v < KEYS / W; v++) acc[r][v] = dot(acc[r][v], key[v], q + r * s.width + d);
+  }
   vi place;
 #pragma GCC unroll 16
   for (int i = 0; i < W; i++) place[i] = i;
@@ -80,7 +79,7 @@ inline void score(Scratch& s, int64_t row, int64_t position) {
     vf top = splat(s.best[row + r]);
     for (int64_t v = 0; v < KEYS / W; v++) {
       vi at = place + (int32_t)(v * W);
-      acc[r][v] = (at >= first) & (at < end) ? acc[r][v] : splat(NONE);
+      acc[r][v] = (at >= first) & (at < end) ? acc[r][v] * scale : splat(NONE);
       top = larger(top, acc[r][v]);
     }
     float best = largest(top), before = s.best[row + r];
@@ -170,11 +169,10 @@ struct Attention {
         int64_t row = h * padded + r;
         const T* q =
             query + (first + r / group) * stride + ((head + h) * group + r % group) * size;
-        for (int64_t d = 0; d < s.width; d += W) {
-          bool inside = real && d < size;
-          store(&s.query[row * s.width + d], inside ? load(q + d, size - d) * scale : vf{});
-          store(&s.out[row * s.width + d], vf{});
-        }
+        T* kept = &s.query[row * s.width];
+        std::fill(kept, kept + s.width, T{});
+        if (real) std::copy(q, q + size, kept);
+        std::fill(&s.out[row * s.width], &s.out[row * s.width] + s.width, 0.f);
         s.best[row] = NONE;
         s.total[row] = 0.f;
         s.end[row] = real ? position + r / group + 1 : 0;
@@ -185,7 +183,7 @@ struct Attention {
       for (int64_t h = 0; h < share; h++) {
         fetch(s, head + h, now);
         for (int64_t r = h * padded; r < (h + 1) * padded; r += ROWS) {
-          score(s, r, at);
+          score(s, r, at, scale);
           accumulate(s, r);
         }
       }

@@ -27,7 +27,7 @@ void normalise(const T* x, const T* weight, float eps, int64_t size, T* out) {
   }
 }
 
-void add(T* residual, const T* x, int64_t size) {
+void add_row(T* residual, const T* x, int64_t size) {
   for (int64_t i = 0; i < size; i += W)
     store(residual + i, load(residual + i, size - i) + load(x + i, size - i), size - i);
 }
@@ -83,53 +83,126 @@ void update_tile(T* y, int64_t y_stride, const T* low, int64_t low_stride, int64
   }
 }
 
+// Updates of a group of sites whose outputs lie side by side.
+struct Update {
+  const T* cores;  // [slots, num_sites, rank, rank]
+  int64_t num_sites;
+  const T* pieces;         // U of the targets, one after the other
+  const int64_t* targets;  // site, first column and width of each
+  int64_t num_targets, rank;
+};
+
+// An update of a step's rows, which `low` holds V x of, the targets side by side.
+struct Late {
+  const Update* update;  // null for none
+  const int64_t* slots;
+  const T* low;
+  int64_t stride;
+
+  // y += U core (V x) of `count` rows, no more than TALL, from row `first` on, which is y's.
+  void apply(T* y, int64_t y_stride, int64_t first, int64_t count) const {
+    if (!update) return;
+    const int64_t *mine = slots + first, square = update->rank * update->rank;
+    if (std::all_of(mine, mine + count, [](int64_t slot) { return !slot; })) return;
+    auto tile = count == 1 ? update_tile<1> : count <= TALL / 2 ? update_tile<TALL / 2>
+                                                                : update_tile<TALL>;
+    const T* pieces = update->pieces;
+    for (int64_t g = 0; g < update->num_targets; g++) {
+      const int64_t* target = update->targets + 3 * g;
+      tile(y + target[1], y_stride, low + first * stride + g * update->rank, stride, count,
+           update->cores + target[0] * square, update->num_sites * square, mine, pieces,
+           update->rank, target[2]);
+      pieces += (target[2] + PIECE - 1) / PIECE * PIECE * update->rank;
+    }
+  }
+};
+
+// Rows in tiles: as many tiles as threads, where few rows allow it, and none taller than TALL.
+int64_t tile_height(int64_t rows, int64_t threads) {
+  return std::min(TALL, std::max<int64_t>(1, (rows + threads - 1) / threads));
+}
+
 }  // namespace
 
 extern "C" {
 
-// out = norm(x), or residual += x, out = norm(residual).
-void rms_norm(T* residual, const T* x, int64_t stride, const T* weight, float eps, int64_t rows,
-              int64_t size, T* out, int64_t threads) {
-#pragma omp parallel for num_threads(threads) if (rows > 32)
-  for (int64_t t = 0; t < rows; t++) {
-    const T* from = x + t * stride;
-    if (residual) {
-      add(residual + t * size, from, size);
-      from = residual + t * size;
-    }
-    normalise(from, weight, eps, size, out + t * size);
+// residual += x, updated before.
+void add(T* residual, T* x, int64_t stride, int64_t rows, int64_t size, const Update* update,
+         const int64_t* slots, const T* low, int64_t low_stride, int64_t threads) {
+  Late late{update, slots, low, low_stride};
+  int64_t height = tile_height(rows, threads);
+#pragma omp parallel for num_threads(threads) if (rows > (update ? height : 32))
+  for (int64_t first = 0; first < rows; first += height) {
+    int64_t stop = std::min(rows, first + height);
+    late.apply(x + first * stride, stride, first, stop - first);
+    for (int64_t t = first; t < stop; t++) add_row(residual + t * size, x + t * stride, size);
   }
 }
 
-// Norm and rotate queries in place, keys into the cache; copy values into the cache.
+// out = norm(x), or residual += x, updated before, and out = norm(residual).
+void rms_norm(T* residual, T* x, int64_t stride, const T* weight, float eps, int64_t rows,
+              int64_t size, T* out, const Update* update, const int64_t* slots, const T* low,
+              int64_t low_stride, int64_t threads) {
+  Late late{update, slots, low, low_stride};
+  int64_t height = tile_height(rows, threads);
+#pragma omp parallel for num_threads(threads) if (rows > (update ? height : 32))
+  for (int64_t first = 0; first < rows; first += height) {
+    int64_t stop = std::min(rows, first + height);
+    late.apply(x + first * stride, stride, first, stop - first);
+    for (int64_t t = first; t < stop; t++) {
+      const T* from = x + t * stride;
+      if (residual) {
+        add_row(residual + t * size, from, size);
+        from = residual + t * size;
+      }
+      normalise(from, weight, eps, size, out + t * size);
+    }
+  }
+}
+
+// Update, norm and rotate queries in place, keys into the cache; copy values into the cache.
 void rotate_and_store(T* qkv, int64_t stride, const T* cosine, const T* sine, const T* q_norm,
-                      const T* k_norm, float eps, const int64_t* slots, T* keys, T* values,
+                      const T* k_norm, float eps, const int64_t* write_slots, T* keys, T* values,
                       int64_t rows, int64_t heads, int64_t kv_heads, int64_t size,
+                      const Update* update, const int64_t* slots, const T* low, int64_t low_stride,
                       int64_t threads) {
-#pragma omp parallel for num_threads(threads) if (rows > 8)
-  for (int64_t t = 0; t < rows; t++) {
-    T* x = qkv + t * stride;
-    int64_t slot = slots[t] * kv_heads * size;
-    for (int64_t h = 0; h < heads + kv_heads; h++, x += size) {
-      const T* norm = h < heads ? q_norm : k_norm;
-      if (norm) normalise(x, norm, eps, size, x);
-      T* to = h < heads ? x : keys + slot + (h - heads) * size;
-      rotate(x, cosine + t * size, sine + t * size, size, to);
+  Late late{update, slots, low, low_stride};
+  int64_t height = tile_height(rows, threads);
+#pragma omp parallel for num_threads(threads) if (rows > (update ? height : 8))
+  for (int64_t first = 0; first < rows; first += height) {
+    int64_t stop = std::min(rows, first + height);
+    late.apply(qkv + first * stride, stride, first, stop - first);
+    for (int64_t t = first; t < stop; t++) {
+      T* x = qkv + t * stride;
+      int64_t slot = write_slots[t] * kv_heads * size;
+      for (int64_t h = 0; h < heads + kv_heads; h++, x += size) {
+        const T* norm = h < heads ? q_norm : k_norm;
+        if (norm) normalise(x, norm, eps, size, x);
+        T* to = h < heads ? x : keys + slot + (h - heads) * size;
+        rotate(x, cosine + t * size, sine + t * size, size, to);
+      }
+      std::memcpy(values + slot, x, kv_heads * size * sizeof(T));
     }
-    std::memcpy(values + slot, x, kv_heads * size * sizeof(T));
   }
 }
 
-// out = silu(x[:size]) * x[size:].
-void silu_mul(const T* x, int64_t stride, T* out, int64_t rows, int64_t size, int64_t threads) {
-#pragma omp parallel for num_threads(threads) if (rows > 4)
-  for (int64_t t = 0; t < rows; t++)
-    for (int64_t i = 0; i < size; i += W) {
-      int64_t n = size - i;
-      vf gate = load(x + t * stride + i, n);
-      gate = rounded(gate / (1.f + exponential(-gate)));
-      store(out + t * size + i, gate * load(x + t * stride + size + i, n), n);
-    }
+// out = silu(x[:size]) * x[size:], updated before.
+void silu_mul(T* x, int64_t stride, T* out, int64_t rows, int64_t size, const Update* update,
+              const int64_t* slots, const T* low, int64_t low_stride, int64_t threads) {
+  Late late{update, slots, low, low_stride};
+  int64_t height = tile_height(rows, threads);
+#pragma omp parallel for num_threads(threads) if (rows > (update ? height : 4))
+  for (int64_t first = 0; first < rows; first += height) {
+    int64_t stop = std::min(rows, first + height);
+    late.apply(x + first * stride, stride, first, stop - first);
+    for (int64_t t = first; t < stop; t++)
+      for (int64_t i = 0; i < size; i += W) {
+        int64_t n = size - i;
+        vf gate = load(x + t * stride + i, n);
+        gate = rounded(gate / (1.f + exponential(-gate)));
+        store(out + t * size + i, gate * load(x + t * stride + size + i, n), n);
+      }
+  }
 }
 
 // out = index of each row's largest number, the first one where several are equal.
@@ -149,26 +222,14 @@ void argmax(const T* x, int64_t stride, int64_t* out, int64_t rows, int64_t size
   }
 }
 
-// y += U core (V x) with each row's own core. `low` holds V x of the targets side by side; a target
-// is (site, first column, width).
-void update(T* y, int64_t y_stride, const T* low, int64_t low_stride, int64_t rows, const T* cores,
-            int64_t num_sites, const int64_t* slots, const T* pieces, const int64_t* targets,
-            int64_t num_targets, int64_t rank, int64_t threads) {
-#pragma omp parallel for num_threads(threads) if (rows > TALL)
-  for (int64_t t = 0; t < rows; t += TALL) {
-    int64_t count = std::min(TALL, rows - t);
-    const T* from = pieces;
-    if (std::all_of(slots + t, slots + t + count, [](int64_t slot) { return !slot; })) continue;
-    for (int64_t g = 0; g < num_targets; g++) {
-      const int64_t *target = targets + 3 * g, width = target[2];
-      auto tile = count == 1 ? update_tile<1> : count <= TALL / 2 ? update_tile<TALL / 2>
-                                                                  : update_tile<TALL>;
-      tile(y + t * y_stride + target[1], y_stride, low + t * low_stride + g * rank, low_stride,
-           count, cores + target[0] * rank * rank, num_sites * rank * rank, slots + t, from, rank,
-           width);
-      from += (width + PIECE - 1) / PIECE * PIECE * rank;
-    }
-  }
+// y += U core (V x), with each row's own core.
+void update(T* y, int64_t y_stride, int64_t rows, const Update* update, const int64_t* slots,
+            const T* low, int64_t low_stride, int64_t threads) {
+  Late late{update, slots, low, low_stride};
+  int64_t height = tile_height(rows, threads);
+#pragma omp parallel for num_threads(threads) if (rows > height)
+  for (int64_t first = 0; first < rows; first += height)
+    late.apply(y + first * y_stride, y_stride, first, std::min(height, rows - first));
 }
 
 // A span is (first row, stop row, tokens of its sequence up to the stop); its blocks are in

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ctypes
-from typing import ClassVar
+from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
 
 import torch
 
+from lm_workers.adapters import UpdateTargets
 from lm_workers.layers.compiler import compile_library
 from lm_workers.layers.kernels import HeadNorms, LateUpdate
 from lm_workers.layers.paged import PagedStep
@@ -15,15 +17,31 @@ NATIVE_DTYPES = {torch.float32: "FLOAT32", torch.bfloat16: "BFLOAT16"}
 """Types that the source compiles for, and the macro that selects each."""
 
 # p: pointer or None, i: int64, f: float; in the order of native.cpp.
+_LATE = "pppi"
 _SIGNATURES = {
-    "rms_norm": "ppipfiipi",
-    "rotate_and_store": "pippppfpppiiiii",
-    "silu_mul": "pipiii",
+    "add": f"ppiii{_LATE}i",
+    "rms_norm": f"ppipfiip{_LATE}i",
+    "rotate_and_store": f"pippppfpppiiii{_LATE}i",
+    "silu_mul": f"pipii{_LATE}i",
     "argmax": "pipiii",
-    "update": "pipiipipppiii",
+    "update": f"pii{_LATE}i",
     "attend": "pippppipiiiiiifi",
 }
 _TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
+_NOTHING = (None, None, None, 0)
+
+
+class _Update(ctypes.Structure):
+    """The parts of an update that stay where they are; see native.cpp."""
+
+    _fields_: ClassVar = [
+        ("cores", ctypes.c_void_p),
+        ("num_sites", ctypes.c_int64),
+        ("pieces", ctypes.c_void_p),
+        ("targets", ctypes.c_void_p),
+        ("num_targets", ctypes.c_int64),
+        ("rank", ctypes.c_int64),
+    ]
 
 
 class NativeKernels:
@@ -37,7 +55,7 @@ class NativeKernels:
         CompileError: there is no compiler that takes the source.
     """
 
-    late_rank: ClassVar[int] = 0
+    late_rank: ClassVar[int] = 2**31
     most_context: ClassVar[int | None] = None
 
     def __init__(self, dtype: torch.dtype, threads: int) -> None:
@@ -46,6 +64,7 @@ class NativeKernels:
             function = getattr(library, name)
             function.argtypes = [_TYPES[letter] for letter in signature]
             function.restype = None
+        self._add = library.add
         self._rms_norm = library.rms_norm
         self._rotate_and_store = library.rotate_and_store
         self._silu_mul = library.silu_mul
@@ -53,15 +72,20 @@ class NativeKernels:
         self._update = library.update
         self._attend = library.attend
         self._threads = threads
+        self._updates: WeakKeyDictionary[UpdateTargets, tuple[torch.Tensor, Any]]
+        self._updates = WeakKeyDictionary()
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """See `Kernels`."""
-        return self._norm(None, x, weight, eps)
+        return self._norm(None, x, weight, eps, None)
 
     def add(self, residual: torch.Tensor, x: torch.Tensor, late: LateUpdate | None) -> None:
         """See `Kernels`."""
-        assert late is None
-        residual += x
+        rows, size = x.shape
+        self._add(
+            residual.data_ptr(), x.data_ptr(), x.stride(0), rows, size, *self._late(late),
+            self._threads,
+        )  # fmt: skip
 
     def add_rms_norm(
         self,
@@ -72,17 +96,21 @@ class NativeKernels:
         late: LateUpdate | None = None,
     ) -> torch.Tensor:
         """See `Kernels`."""
-        assert late is None
-        return self._norm(residual.data_ptr(), x, weight, eps)
+        return self._norm(residual.data_ptr(), x, weight, eps, late)
 
     def _norm(
-        self, residual: int | None, x: torch.Tensor, weight: torch.Tensor, eps: float
+        self,
+        residual: int | None,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        eps: float,
+        late: LateUpdate | None,
     ) -> torch.Tensor:
         rows, size = x.shape
         out = x.new_empty(rows, size)
         self._rms_norm(
             residual, x.data_ptr(), x.stride(0), weight.data_ptr(), eps,
-            rows, size, out.data_ptr(), self._threads,
+            rows, size, out.data_ptr(), *self._late(late), self._threads,
         )  # fmt: skip
         return out
 
@@ -96,7 +124,6 @@ class NativeKernels:
         late: LateUpdate | None = None,
     ) -> torch.Tensor:
         """See `Kernels`. The queries stay where they are in `qkv`."""
-        assert late is None
         keys, values = paged.cache.keys[layer], paged.cache.values[layer]
         _, kv_heads, size = keys.shape
         rows, stride = len(qkv), qkv.stride(0)
@@ -107,7 +134,8 @@ class NativeKernels:
         self._rotate_and_store(
             qkv.data_ptr(), stride, rotary[0].data_ptr(), rotary[1].data_ptr(),
             query_norm, key_norm, eps, paged.write_slots.data_ptr(),
-            keys.data_ptr(), values.data_ptr(), rows, heads, kv_heads, size, self._threads,
+            keys.data_ptr(), values.data_ptr(), rows, heads, kv_heads, size,
+            *self._late(late), self._threads,
         )  # fmt: skip
         return qkv.as_strided((rows, heads, size), (stride, size, 1))
 
@@ -135,12 +163,12 @@ class NativeKernels:
 
     def silu_mul(self, gate_up: torch.Tensor, late: LateUpdate | None = None) -> torch.Tensor:
         """See `Kernels`."""
-        assert late is None
         rows, size = len(gate_up), gate_up.shape[1] // 2
         out = gate_up.new_empty(rows, size)
         self._silu_mul(
-            gate_up.data_ptr(), gate_up.stride(0), out.data_ptr(), rows, size, self._threads
-        )
+            gate_up.data_ptr(), gate_up.stride(0), out.data_ptr(), rows, size,
+            *self._late(late), self._threads,
+        )  # fmt: skip
         return out
 
     def argmax(self, x: torch.Tensor) -> torch.Tensor:
@@ -152,10 +180,27 @@ class NativeKernels:
 
     def update(self, y: torch.Tensor, late: LateUpdate) -> None:
         """See `Kernels`."""
-        targets, low = late.targets, late.low
-        _, sites, rank, _ = late.cores.shape
-        self._update(
-            y.data_ptr(), y.stride(0), low.data_ptr(), low.stride(0), len(y),
-            late.cores.data_ptr(), sites, late.slots.data_ptr(), targets.pieces.data_ptr(),
-            targets.targets.data_ptr(), len(targets.targets), rank, self._threads,
+        self._update(y.data_ptr(), y.stride(0), len(y), *self._late(late), self._threads)
+
+    def _late(self, late: LateUpdate | None) -> tuple[Any, int | None, int | None, int]:
+        """An update as the functions take it."""
+        if late is None:
+            return _NOTHING
+        cores, found = self._updates.get(late.targets, _UNKNOWN)
+        if cores is not late.cores:
+            found = self._lay_out(late)
+        return found, late.slots.data_ptr(), late.low.data_ptr(), late.low.stride(0)
+
+    def _lay_out(self, late: LateUpdate) -> Any:
+        """Note where an update's fixed parts are. They stay alive as long as it."""
+        targets, (_, sites, rank, _) = late.targets, late.cores.shape
+        numbers = _Update(
+            late.cores.data_ptr(), sites, targets.pieces.data_ptr(), targets.targets.data_ptr(),
+            len(targets.targets), rank,
         )  # fmt: skip
+        found = ctypes.byref(numbers)
+        self._updates[targets] = late.cores, found
+        return found
+
+
+_UNKNOWN = (None, None)

@@ -6,8 +6,6 @@
 // little: reading weights and computing go on together. Every sum runs over the inputs in their order, whatever the tile: a
 // row's numbers do not depend on the rows beside it.
 
-#include <immintrin.h>
-
 #include <algorithm>
 
 #include "vectors.h"
@@ -22,13 +20,10 @@ constexpr int64_t COLUMNS = 2 * W;   // of a panel
 constexpr int64_t TALL = 12;         // rows whose sums fit in 32 registers
 constexpr int64_t CACHED = 1 << 17;  // numbers of x that stay in a core's cache while panels pass
 
-inline vf dot(vf sum, vu a, vu b) {
-  return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
-}
-
+// The first n, 1 or 2, of two numbers as they lie; the other is zero.
 inline uint32_t pair(const T* x, int64_t n) {
   uint32_t both = 0;
-  std::memcpy(&both, x, n < 2 ? sizeof(T) : 2 * sizeof(T));
+  std::memcpy(&both, x, n < 2 ? sizeof(T) : sizeof both);
   return both;
 }
 
@@ -67,9 +62,9 @@ struct Product {
       std::memcpy(columns + c, at + c / 2 * size + c % 2 * W, sizeof(vu));
 #pragma GCC unroll 12
     for (int r = 0; r < R; r++) {
-      vu both = pair(from + r * x_stride, n) - vu{};
+      uint32_t both = pair(from + r * x_stride, n);
 #pragma GCC unroll 8
-      for (int c = 0; c < 2 * P; c++) acc[r][c] = dot(acc[r][c], both, columns[c]);
+      for (int c = 0; c < 2 * P; c++) acc[r][c] = dot(acc[r][c], columns[c], both);
     }
   }
 

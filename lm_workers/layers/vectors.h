@@ -89,7 +89,7 @@ inline void store(T* p, vf v, int64_t n) {
   std::memcpy(p, part, n * sizeof(T));
 }
 
-// The first n of LANES numbers, as they lie; and the numbers of such lanes, one vector after another.
+// The first n of LANES numbers, as they lie.
 inline vf packed(const T* p, int64_t n) {
   vf v{};
   if (n >= LANES) {
@@ -101,12 +101,25 @@ inline vf packed(const T* p, int64_t n) {
   }
   return v;
 }
-inline void unpack(vf lanes, vf* numbers) {
-#ifdef BFLOAT16
-  numbers[0] = (vf)((vu)lanes << 16);
-  numbers[1] = (vf)((vu)lanes & 0xffff0000u);
+
+#if defined(BFLOAT16) && defined(__AVX512BF16__)
+// To each lane's sum, the products of its two numbers with those of `both`.
+inline vf dot(vf sum, vu lanes, uint32_t both) {
+  return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)(both - vu{}), (__m512bh)lanes);
+}
+#endif
+
+// To each lane's sum, the products of its PACK numbers with the first PACK of `by`.
+inline vf dot(vf sum, vf lanes, const T* by) {
+#if !defined(BFLOAT16)
+  return sum + *by * lanes;
+#elif defined(__AVX512BF16__)
+  uint32_t both;
+  std::memcpy(&both, by, sizeof both);
+  return dot(sum, (vu)lanes, both);
 #else
-  numbers[0] = lanes;
+  sum += load(by, 1)[0] * (vf)((vu)lanes << 16);
+  return sum + load(by + 1, 1)[0] * (vf)((vu)lanes & 0xffff0000u);
 #endif
 }
 
