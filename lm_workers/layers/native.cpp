@@ -12,6 +12,7 @@ namespace {
 
 constexpr int64_t PIECE = 32;    // columns of a piece of U
 constexpr int64_t TALL = W / 2;  // rows of an update whose sums fit in registers
+constexpr int64_t FEW = 16;      // query heads of a tile that read keys and values about once
 constexpr int64_t ALONE = 512;   // tokens of context that one thread reads sooner than two share
 
 void normalise(const T* x, const T* weight, float eps, int64_t size, T* out) {
@@ -238,24 +239,31 @@ void attend(const T* query, int64_t stride, const T* keys, const T* values, T* o
             const int64_t* spans, int64_t num_spans, const int64_t* tables, int64_t table_width,
             int64_t heads, int64_t kv_heads, int64_t size, int64_t block, int64_t window,
             float scale, int64_t threads) {
-  std::vector<int64_t> tiles;  // span and first token, of each tile
+  struct Item {
+    int64_t span, first, count, head, share;
+  };
+  std::vector<Item> items;
+  int64_t group = heads / kv_heads, most = 0;
   for (int64_t s = 0; s < num_spans; s++)
-    for (int64_t t = spans[3 * s]; t < spans[3 * s + 1]; t += TILE) tiles.insert(tiles.end(), {s, t});
-  // All heads of a token lie side by side: read together, unless that leaves threads without work.
-  int64_t share = (int64_t)tiles.size() / 2 < 4 * threads ? 1 : kv_heads, parts = kv_heads / share;
-  int64_t items = tiles.size() / 2 * parts;
-  int64_t rows = share * ((TILE * (heads / kv_heads) + ROWS - 1) / ROWS * ROWS);
-#pragma omp parallel num_threads(threads) if (items > parts || spans[2] > ALONE)
+    for (int64_t stop = spans[3 * s + 1], t = spans[3 * s]; t < stop; t += TILE) {
+      // All heads of a token lie side by side: few rows, which mostly wait for the memory, read
+      // them together, unless that leaves threads without work.
+      int64_t count = std::min(TILE, stop - t);
+      int64_t share = num_spans >= 4 * threads && count * group <= FEW ? kv_heads : 1;
+      for (int64_t h = 0; h < kv_heads; h += share) items.push_back({s, t, count, h, share});
+      most = std::max(most, share * ((count * group + ROWS - 1) / ROWS * ROWS));
+    }
+  int64_t number = items.size();
+#pragma omp parallel num_threads(threads) if (number > kv_heads || spans[2] > ALONE)
   {
-    Scratch scratch(size, kv_heads, rows);
+    Scratch scratch(size, kv_heads, most);
 #pragma omp for schedule(dynamic)
-    for (int64_t i = 0; i < items; i++) {
-      int64_t s = tiles[i / parts * 2], first = tiles[i / parts * 2 + 1];
-      int64_t stop = spans[3 * s + 1], length = spans[3 * s + 2];
-      Attention one{query, keys, values, out, tables + s * table_width, stride, heads,
+    for (int64_t i = 0; i < number; i++) {
+      const Item& item = items[i];
+      int64_t stop = spans[3 * item.span + 1], length = spans[3 * item.span + 2];
+      Attention one{query, keys, values, out, tables + item.span * table_width, stride, heads,
                        kv_heads, size, block, window, scale};
-      one.tile(scratch, i % parts * share, share, first, std::min(TILE, stop - first),
-               length - (stop - first));
+      one.tile(scratch, item.head, item.share, item.first, item.count, length - stop + item.first);
     }
   }
 }

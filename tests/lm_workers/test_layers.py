@@ -216,6 +216,20 @@ def test_attention_gives_the_same_bits_in_any_chunks(
         assert torch.equal(found, expected[start:stop])
 
 
+def test_attention_gives_the_same_bits_in_any_company(
+    native: NativeKernels, dtype: torch.dtype
+) -> None:
+    lengths = [9, 33, 70, 1, 600, 32, 100, 64, 65]
+    step = paged(dtype, [(1, length) for length in lengths] + [(3, 40)], 3, 64)
+    query = normal(12, 9, 64, dtype=dtype, seed=7)
+    expected = native.attend(query, step, 0, 0.125, None)
+    for row, length in enumerate(lengths):
+        tables, spans = step.tables[row : row + 1], torch.tensor([[0, 1, length]])
+        alone = replace(step, spans=spans, tables=tables.contiguous())
+        found = native.attend(query[row : row + 1], alone, 0, 0.125, None)
+        assert torch.equal(found, expected[row : row + 1])
+
+
 class NotedCache(KVCache):
     """Notes how many tokens are read at a time."""
 
