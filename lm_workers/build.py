@@ -36,6 +36,7 @@ from lm_workers.vllm.config import VllmConfig
 
 _CPU_CACHE_BYTES = 2**30
 _GPU_FREE_SHARE = 0.8
+_CPU_CHUNK, _GPU_CHUNK = 32, 512
 
 
 def build_engine(
@@ -76,7 +77,9 @@ def build_engine(
     cache = KVCache(model.config, pool.num_blocks * config.block_size, dtype, device)
     bank = None if update is None else AdapterBank(*update, config.max_adapters, dtype, device)
     kernels = choose_kernels(config.kernels, dtype, device)
-    scheduler = Scheduler(config, pool, bank, _context_cost(model))
+    chunk = config.prefill_chunk or prefill_chunk(device)
+    chunked = config.model_copy(update={"prefill_chunk": chunk})
+    scheduler = Scheduler(chunked, pool, bank, _context_cost(model))
     eos = frozenset(info.eos_token_ids)
     return Engine(
         runner=ModelRunner(
@@ -94,6 +97,11 @@ def build_engine(
         eos=eos,
         max_context=max_context,
     )
+
+
+def prefill_chunk(device: str) -> int:
+    """Prompt tokens that a step computes beside streams, where nobody has said how many."""
+    return _CPU_CHUNK if device == "cpu" else _GPU_CHUNK
 
 
 def _load_model(

@@ -22,8 +22,8 @@ class EngineConfig(BaseModel):
         max_sequences: requests that run at the same time; more wait in their cluster's queue.
         max_batch_tokens: tokens in one step.
         prefill_chunk: prompt tokens in one step while streams are running; those far into a prompt
-            count for more. Bounds how long a prompt can hold streams up. More was not faster on
-            two CPU cores; on a GPU it was not measured.
+            count for more. Bounds how long a prompt can hold streams up. None is 32 on a CPU, where
+            more was not faster, and 512 on a GPU, where it was not measured.
         max_context: longest prompt plus output; None is the model's own limit.
         block_size: tokens in one block of the KV cache.
         kv_cache_tokens: size of the KV cache; None is 1 GiB worth on a CPU, whose memory is taken
@@ -50,7 +50,7 @@ class EngineConfig(BaseModel):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     max_sequences: PositiveInt = 32
     max_batch_tokens: PositiveInt = 512
-    prefill_chunk: PositiveInt = 32
+    prefill_chunk: PositiveInt | None = None
     max_context: PositiveInt | None = None
     block_size: PositiveInt = 16
     kv_cache_tokens: PositiveInt | None = None

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lm_workers.build import build_engine
+from cluster_router.wire.types import Assignment, SamplingParams, TokenizedRequest
+from lm_workers.build import build_engine, prefill_chunk
 from lm_workers.config import EngineConfig
 from lm_workers.device import usable_cores
 
@@ -63,3 +64,18 @@ def test_an_engine_computes_on_the_usable_cores(
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)
+
+
+def test_a_gpu_computes_more_of_a_prompt_beside_streams(tiny_llama: Path) -> None:
+    assert prefill_chunk("cuda:0") > prefill_chunk("cpu")
+    config = EngineConfig(device="cpu", dtype="float32", kv_cache_tokens=1024, cpu_threads=2)
+    for asked, expected in ((None, prefill_chunk("cpu")), (7, 7)):
+        engine = build_engine(tiny_llama, config.model_copy(update={"prefill_chunk": asked}))
+        sampling = SamplingParams(max_tokens=40, temperature=0, ignore_eos=True)
+        for name, length in (("stream", 3), ("prompt", 60)):
+            tokens = tuple(range(2, 2 + length))
+            engine.add(TokenizedRequest(name, tokens, sampling, Assignment(key=None)), None)
+            engine.step()  # the stream begins; then the prompt beside it
+        [prompt] = [one for one in engine._scheduler.running if one.request_id == "prompt"]
+        assert 0 < prompt.computed <= expected
+        assert prompt.computed > expected // 2
