@@ -60,7 +60,7 @@ class Detokenizer:
     ) -> None:
         self._backend: Any = tokenizer.backend_tokenizer
         self._stops = [_Stop(one) for one in stop]
-        self._text = ""
+        self._text = ""  # with stop strings; without any, nothing is held back
         self._sent = 0
         self.stopped_by: str | None = None
         self._unread: list[int] = []
@@ -76,6 +76,8 @@ class Detokenizer:
         if not piece or piece.endswith(_BROKEN):
             return ""
         self._go_on_after(self._unread)
+        if not self._stops:
+            return piece
         start = len(self._text)
         self._text += piece
         ends = [(one.text, one.feed(piece)) for one in self._stops]
@@ -89,9 +91,13 @@ class Detokenizer:
 
     def flush(self) -> str:
         """The text still held back, once the answer is over."""
+        piece = ""
         if self.stopped_by is None and self._unread:
-            self._text += self._piece()  # bytes of an unfinished character
+            piece = self._piece()  # bytes of an unfinished character
             self._unread = []
+        if not self._stops:
+            return piece
+        self._text += piece
         return self._send(len(self._text))
 
     def _go_on_after(self, tokens: list[int]) -> None:
@@ -112,7 +118,8 @@ class Detokenizer:
         return self._decode(self._unread)
 
     def _decode(self, tokens: list[int]) -> str:
-        return str(self._backend.decode(tokens, skip_special_tokens=True))
+        text: str = self._backend.decode(tokens, skip_special_tokens=True)
+        return text
 
     def _send(self, end: int) -> str:
         piece = self._text[self._sent : end]
