@@ -3,8 +3,8 @@
 //
 // A panel holds 2 W output columns, two inputs at a time, so that a tile of a few rows and one panel
 // keeps its sums in registers. While tiles pass over a panel the next one is fetched, little by
-// little: reading weights and computing go on together. Every sum runs over the inputs in their order, whatever the tile: a
-// row's numbers do not depend on the rows beside it.
+// little: reading weights and computing go on together. Every sum runs over the inputs in their
+// order, whatever the tile: a row's numbers do not depend on the rows beside it.
 
 #include <algorithm>
 
