@@ -68,7 +68,8 @@ inline void score(Scratch& s, int64_t row, int64_t position, float scale) {
 #pragma GCC unroll 4
     for (int64_t r = 0; r < ROWS; r++)
 #pragma GCC unroll 2
-      for (int64_t v = 0; v < KEYS / W; v++) acc[r][v] = dot(acc[r][v], key[v], q + r * s.width + d);
+      for (int64_t v = 0; v < KEYS / W; v++)
+        acc[r][v] = dot(acc[r][v], key[v], q + r * s.width + d);
   }
   vi place;
 #pragma GCC unroll 16

@@ -1,9 +1,9 @@
 // Products with bfloat16 weights laid out in panels: y = x W^T + b, by the CPU's dot products of
 // pairs of bfloat16 numbers (AVX-512 BF16), which are summed in float32.
 //
-// A panel holds 2 W output columns, two inputs at a time, so that a tile of a few rows and one panel
-// keeps its sums in registers. While tiles pass over a panel the next one is fetched, little by
-// little: reading weights and computing go on together. Every sum runs over the inputs in their
+// A panel holds 2 W output columns, two inputs at a time, so that a tile of a few rows and one
+// panel keeps its sums in registers. While tiles pass over a panel the next one is fetched, little
+// by little: reading weights and computing go on together. Every sum runs over the inputs in their
 // order, whatever the tile: a row's numbers do not depend on the rows beside it.
 
 #include <algorithm>
@@ -68,7 +68,7 @@ struct Product {
     }
   }
 
-  // Rows `row` to `row + R`, panels `panel` to `panel + P`, as one of `tiles` tiles of these panels.
+  // Rows `row` to `row + R`, panels `panel` to `panel + P`: tile `number` of their `tiles`.
   template <int R, int P>
   void tile(int64_t row, int64_t panel, int64_t number, int64_t tiles) const {
     const int64_t size = pairs() * COLUMNS;
