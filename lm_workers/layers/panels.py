@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from abc import abstractmethod
 from collections.abc import Callable
 from functools import cache
 
@@ -29,9 +30,9 @@ class _Panels(Product):
         self._panels, self._product = self._lay_out(weight)
         self._panels_at = self._panels.data_ptr()
 
+    @abstractmethod
     def _lay_out(self, weight: torch.Tensor) -> tuple[torch.Tensor, Callable[..., None]]:
         """The panels, and the function that multiplies with them."""
-        raise NotImplementedError
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x [T, in] -> [T, out]."""
