@@ -109,7 +109,7 @@ class Scheduler:
             room -= self._compute(sequence, room)
         self._beside_streams = bool(self._plan)
         if self._beside_streams:
-            room = min(room, self._config.prefill_chunk or room)
+            room = min(room, self._config.prefill_chunk or room)  # build_engine fills it in
         prompts = [one for one in self.running if one.pending > 1]
         for sequence in prompts[:1]:
             room -= self._prefill(sequence, -(-room // 2))

@@ -15,6 +15,7 @@ constexpr int64_t TILE = 16;     // tokens that share one pass over the keys
 constexpr int64_t LINE = 64 / sizeof(T);  // numbers that the memory delivers together
 constexpr float NONE = -std::numeric_limits<float>::infinity();
 
+// Where the keys and values of KEYS tokens begin, all heads of a token one after the other.
 struct Places {
   const T *keys[KEYS], *values[KEYS];
 };
@@ -121,8 +122,7 @@ struct Attention {
   int64_t stride, heads, kv_heads, size, block, window;
   float scale;
 
-  // Where the keys and values of KEYS tokens from `position` on begin; past `end`, zeros. Asks the
-  // memory for those of `share` heads.
+  // The tokens from `position` on; past `end`, zeros. Asks the memory for those of `share` heads.
   void locate(const Scratch& s, int64_t head, int64_t share, int64_t position, int64_t end,
               Places& to) const {
     const int64_t* from = table + position / block;

@@ -84,6 +84,8 @@ class RowUpdate:
 
     Attributes:
         targets: the group's sites.
+        may_be_late: whether the kernels can apply it when they read the outputs.
+        apply: puts a late one into the outputs.
 
     Args:
         bank: the resident cores.
@@ -95,7 +97,7 @@ class RowUpdate:
     def __init__(
         self, bank: AdapterBank, rows: RowSlots, kernels: Kernels, targets: UpdateTargets
     ) -> None:
-        self._bank, self._rows, self._kernels, self.targets = bank, rows, kernels, targets
+        self._bank, self._rows, self.targets = bank, rows, targets
         self.may_be_late = bank.spec.rank <= kernels.late_rank
         self.apply = kernels.update
 

@@ -243,9 +243,9 @@ void attend(const T* query, int64_t stride, const T* keys, const T* values, T* o
     int64_t span, first, count, head, share;
   };
   std::vector<Item> items;
-  int64_t group = heads / kv_heads, most = 0;
+  int64_t group = heads / kv_heads, most = 0, tiles = 0;
   for (int64_t s = 0; s < num_spans; s++)
-    for (int64_t stop = spans[3 * s + 1], t = spans[3 * s]; t < stop; t += TILE) {
+    for (int64_t stop = spans[3 * s + 1], t = spans[3 * s]; t < stop; t += TILE, tiles++) {
       // All heads of a token lie side by side: few rows, which mostly wait for the memory, read
       // them together, unless that leaves threads without work.
       int64_t count = std::min(TILE, stop - t);
@@ -254,7 +254,7 @@ void attend(const T* query, int64_t stride, const T* keys, const T* values, T* o
       most = std::max(most, share * ((count * group + ROWS - 1) / ROWS * ROWS));
     }
   int64_t number = items.size();
-#pragma omp parallel num_threads(threads) if (number > kv_heads || spans[2] > ALONE)
+#pragma omp parallel num_threads(threads) if (tiles > 1 || spans[2] > ALONE)
   {
     Scratch scratch(size, kv_heads, most);
 #pragma omp for schedule(dynamic)
