@@ -123,6 +123,19 @@ int64_t tile_height(int64_t rows, int64_t threads) {
   return std::min(TALL, std::max<int64_t>(1, (rows + threads - 1) / threads));
 }
 
+// Update the rows of x and pass each to `use`. Without an update, `few` rows are one thread's.
+template <class Use>
+void each_row(const Late& late, T* x, int64_t stride, int64_t rows, int64_t few, int64_t threads,
+              Use use) {
+  int64_t height = tile_height(rows, threads);
+#pragma omp parallel for num_threads(threads) if (rows > (late.update ? height : few))
+  for (int64_t first = 0; first < rows; first += height) {
+    int64_t stop = std::min(rows, first + height);
+    late.apply(x + first * stride, stride, first, stop - first);
+    for (int64_t t = first; t < stop; t++) use(t, x + t * stride);
+  }
+}
+
 }  // namespace
 
 extern "C" {
@@ -130,35 +143,22 @@ extern "C" {
 // residual += x, updated before.
 void add(T* residual, T* x, int64_t stride, int64_t rows, int64_t size, const Update* update,
          const int64_t* slots, const T* low, int64_t low_stride, int64_t threads) {
-  Late late{update, slots, low, low_stride};
-  int64_t height = tile_height(rows, threads);
-#pragma omp parallel for num_threads(threads) if (rows > (update ? height : 32))
-  for (int64_t first = 0; first < rows; first += height) {
-    int64_t stop = std::min(rows, first + height);
-    late.apply(x + first * stride, stride, first, stop - first);
-    for (int64_t t = first; t < stop; t++) add_row(residual + t * size, x + t * stride, size);
-  }
+  each_row({update, slots, low, low_stride}, x, stride, rows, 32, threads,
+           [=](int64_t t, const T* from) { add_row(residual + t * size, from, size); });
 }
 
 // out = norm(x), or residual += x, updated before, and out = norm(residual).
 void rms_norm(T* residual, T* x, int64_t stride, const T* weight, float eps, int64_t rows,
               int64_t size, T* out, const Update* update, const int64_t* slots, const T* low,
               int64_t low_stride, int64_t threads) {
-  Late late{update, slots, low, low_stride};
-  int64_t height = tile_height(rows, threads);
-#pragma omp parallel for num_threads(threads) if (rows > (update ? height : 32))
-  for (int64_t first = 0; first < rows; first += height) {
-    int64_t stop = std::min(rows, first + height);
-    late.apply(x + first * stride, stride, first, stop - first);
-    for (int64_t t = first; t < stop; t++) {
-      const T* from = x + t * stride;
-      if (residual) {
-        add_row(residual + t * size, from, size);
-        from = residual + t * size;
-      }
-      normalise(from, weight, eps, size, out + t * size);
-    }
-  }
+  each_row({update, slots, low, low_stride}, x, stride, rows, 32, threads,
+           [=](int64_t t, const T* from) {
+             if (residual) {
+               add_row(residual + t * size, from, size);
+               from = residual + t * size;
+             }
+             normalise(from, weight, eps, size, out + t * size);
+           });
 }
 
 // Update, norm and rotate queries in place, keys into the cache; copy values into the cache.
@@ -167,43 +167,31 @@ void rotate_and_store(T* qkv, int64_t stride, const T* cosine, const T* sine, co
                       int64_t rows, int64_t heads, int64_t kv_heads, int64_t size,
                       const Update* update, const int64_t* slots, const T* low, int64_t low_stride,
                       int64_t threads) {
-  Late late{update, slots, low, low_stride};
-  int64_t height = tile_height(rows, threads);
-#pragma omp parallel for num_threads(threads) if (rows > (update ? height : 8))
-  for (int64_t first = 0; first < rows; first += height) {
-    int64_t stop = std::min(rows, first + height);
-    late.apply(qkv + first * stride, stride, first, stop - first);
-    for (int64_t t = first; t < stop; t++) {
-      T* x = qkv + t * stride;
-      int64_t slot = write_slots[t] * kv_heads * size;
-      for (int64_t h = 0; h < heads + kv_heads; h++, x += size) {
-        const T* norm = h < heads ? q_norm : k_norm;
-        if (norm) normalise(x, norm, eps, size, x);
-        T* to = h < heads ? x : keys + slot + (h - heads) * size;
-        rotate(x, cosine + t * size, sine + t * size, size, to);
-      }
-      std::memcpy(values + slot, x, kv_heads * size * sizeof(T));
-    }
-  }
+  each_row({update, slots, low, low_stride}, qkv, stride, rows, 8, threads,
+           [=](int64_t t, T* x) {
+             int64_t slot = write_slots[t] * kv_heads * size;
+             for (int64_t h = 0; h < heads + kv_heads; h++, x += size) {
+               const T* norm = h < heads ? q_norm : k_norm;
+               if (norm) normalise(x, norm, eps, size, x);
+               T* to = h < heads ? x : keys + slot + (h - heads) * size;
+               rotate(x, cosine + t * size, sine + t * size, size, to);
+             }
+             std::memcpy(values + slot, x, kv_heads * size * sizeof(T));
+           });
 }
 
 // out = silu(x[:size]) * x[size:], updated before.
 void silu_mul(T* x, int64_t stride, T* out, int64_t rows, int64_t size, const Update* update,
               const int64_t* slots, const T* low, int64_t low_stride, int64_t threads) {
-  Late late{update, slots, low, low_stride};
-  int64_t height = tile_height(rows, threads);
-#pragma omp parallel for num_threads(threads) if (rows > (update ? height : 4))
-  for (int64_t first = 0; first < rows; first += height) {
-    int64_t stop = std::min(rows, first + height);
-    late.apply(x + first * stride, stride, first, stop - first);
-    for (int64_t t = first; t < stop; t++)
-      for (int64_t i = 0; i < size; i += W) {
-        int64_t n = size - i;
-        vf gate = load(x + t * stride + i, n);
-        gate = rounded(gate / (1.f + exponential(-gate)));
-        store(out + t * size + i, gate * load(x + t * stride + size + i, n), n);
-      }
-  }
+  each_row({update, slots, low, low_stride}, x, stride, rows, 4, threads,
+           [=](int64_t t, const T* row) {
+             for (int64_t i = 0; i < size; i += W) {
+               int64_t n = size - i;
+               vf gate = load(row + i, n);
+               gate = rounded(gate / (1.f + exponential(-gate)));
+               store(out + t * size + i, gate * load(row + size + i, n), n);
+             }
+           });
 }
 
 // out = index of each row's largest number, the first one where several are equal.
@@ -226,11 +214,7 @@ void argmax(const T* x, int64_t stride, int64_t* out, int64_t rows, int64_t size
 // y += U core (V x), with each row's own core.
 void update(T* y, int64_t y_stride, int64_t rows, const Update* update, const int64_t* slots,
             const T* low, int64_t low_stride, int64_t threads) {
-  Late late{update, slots, low, low_stride};
-  int64_t height = tile_height(rows, threads);
-#pragma omp parallel for num_threads(threads) if (rows > height)
-  for (int64_t first = 0; first < rows; first += height)
-    late.apply(y + first * y_stride, y_stride, first, std::min(height, rows - first));
+  each_row({update, slots, low, low_stride}, y, y_stride, rows, 0, threads, [](int64_t, T*) {});
 }
 
 // A span is (first row, stop row, tokens of its sequence up to the stop); its blocks are in
