@@ -30,7 +30,9 @@ class RefineConfig(BaseModel):
     """How far and how carefully to refine.
 
     Attributes:
-        steps: steps of Adam, the learning rate falling linearly to zero.
+        steps: most steps of Adam, the learning rate falling linearly to zero.
+        passes: how often at most each prompt is learned from: where they are few, fewer steps are
+            taken. None sets no such bound.
         learning_rate: first step's rate for the cores; about the size of one step per number.
         batch: prompts in one step.
         skip: tokens at the start of a prompt that are read but not learned from; at most half of
@@ -44,6 +46,7 @@ class RefineConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     steps: Annotated[int, Field(ge=1)] = 12
+    passes: Annotated[float, Field(gt=0)] | None = None
     learning_rate: Annotated[float, Field(gt=0, le=1)] = 0.03
     batch: Annotated[int, Field(ge=1)] = 16
     skip: Annotated[int, Field(ge=0)] = 32
@@ -51,6 +54,12 @@ class RefineConfig(BaseModel):
     scales: tuple[Annotated[float, Field(gt=0)], ...] = (0.33, 0.67, 1.0)
     min_prompts: Annotated[int, Field(ge=2)] = 8
     margin: Annotated[float, Field(ge=0)] = 1.0
+
+    def steps_for(self, prompts: int) -> int:
+        """Steps that are taken where there are so many prompts to learn from."""
+        if self.passes is None:
+            return self.steps
+        return min(self.steps, max(1, round(self.passes * prompts / self.batch)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,10 +138,10 @@ class Refiner:
         cores = start.cores.detach().clone().requires_grad_()
         config = self._config
         optimiser = torch.optim.Adam([cores], lr=config.learning_rate, betas=(0.9, 0.95))
-        batches = _cycle(prompts, config.batch, config.steps)
-        for step, batch in enumerate(batches):
+        steps = config.steps_for(len(prompts))
+        for step, batch in enumerate(_cycle(prompts, config.batch, steps)):
             for group in optimiser.param_groups:
-                group["lr"] = config.learning_rate * (1 - step / config.steps)
+                group["lr"] = config.learning_rate * (1 - step / steps)
             loss = self._losses(batch, Generated(cores=cores, shift=start.shift)).mean()
             optimiser.zero_grad()
             loss.backward()

@@ -1,14 +1,15 @@
-"""ClusterRefinery: which cluster is refined when, and on which of its recent prompts.
+"""ClusterRefinery: what is refined when, and on which recent prompts.
 
-Prompts are held in memory only, the latest of each cluster, and leave no trace but the numbers of
-an update.
+A tenant's prompts, of all its clusters, teach first what is common to them; each cluster is refined
+from there on its own. Prompts are held in memory only, the latest, and leave no trace but the
+numbers of an update.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated
 
 import numpy as np
@@ -18,13 +19,18 @@ from pydantic import BaseModel, ConfigDict, Field
 from adapter_gen.hypernetwork import Generated
 from adapter_gen.refine import Prompt, RefineConfig, Refiner
 from adapter_gen.update import LoraDelta
-from cluster_router.wire.types import AdapterKey, Conditioning, FloatArray
+from cluster_router.wire.types import AdapterKey, Conditioning
 
 IntArray = NDArray[np.int32]
 Place = tuple[str, int]
-"""A namespace and the id of a cluster in it."""
+"""A namespace and the id of a cluster in it, or COMMON."""
+COMMON = -1
+"""In place of a cluster: what is common to all of a namespace."""
 
 Generate = Callable[[AdapterKey, Conditioning], LoraDelta]
+Recall = Callable[[AdapterKey, Place], LoraDelta | None]
+Updates = dict[Place, tuple[AdapterKey, Generated]]
+"""New updates (B = 1), each with the key that names its base model and hypernetwork."""
 
 
 def last_tokens(tokens: Sequence[int], most: int, lead: Sequence[int] = ()) -> IntArray:
@@ -37,17 +43,37 @@ def last_tokens(tokens: Sequence[int], most: int, lead: Sequence[int] = ()) -> I
     return np.array(tokens[-most:], np.int32)
 
 
+class CommonConfig(BaseModel):
+    """How what a tenant's prompts have in common is learned.
+
+    Attributes:
+        every: new prompts of a tenant after which it is refined; as many as it had learned from, if
+            that is more, up to `buffer`.
+        buffer: prompts kept of a tenant, the latest.
+        refine: how a refinement is done.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    every: Annotated[int, Field(ge=8)] = 64
+    buffer: Annotated[int, Field(ge=8)] = 1024
+    refine: RefineConfig = RefineConfig(
+        steps=96, passes=1, batch=12, learning_rate=0.03, held_back=0.15
+    )
+
+
 class RefineryConfig(BaseModel):
-    """What is kept of a cluster's prompts, and when they are learned from.
+    """What is kept of prompts, and when and how they are learned from.
 
     Attributes:
         prompt_tokens: tokens kept of a prompt, its last: many chats begin alike.
         buffer: prompts kept of a cluster, the latest.
-        every: new prompts after which a cluster is refined; as many as it had learned from, if
-            that is more, up to `buffer`.
+        every: new prompts after which a cluster is refined; as many as it had learned from, if that
+            is more, up to `buffer`.
         max_clusters: clusters whose prompts and refinements are kept; the one longest without any
             makes room.
-        refine: how a refinement is done.
+        refine: how the refinement of a cluster is done.
+        common: what is learned of all clusters of a tenant together, and where theirs begin.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -56,7 +82,8 @@ class RefineryConfig(BaseModel):
     buffer: Annotated[int, Field(ge=8)] = 64
     every: Annotated[int, Field(ge=8)] = 16
     max_clusters: Annotated[int, Field(ge=1)] = 256
-    refine: RefineConfig = RefineConfig(steps=8, batch=12, learning_rate=0.045)
+    refine: RefineConfig = RefineConfig(steps=8, passes=2, batch=12, learning_rate=0.02)
+    common: CommonConfig = CommonConfig()
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,42 +94,76 @@ class Offered:
         namespace: the tenant it came from; prompts of one never teach another's clusters.
         key: of the update that the prompt ran under.
         conditioning: of its cluster.
-        embedding: float32 [d], of the prompt.
         tokens: int32 [T], the prompt.
     """
 
     namespace: str
     key: AdapterKey
     conditioning: Conditioning
-    embedding: FloatArray
     tokens: Prompt
 
 
 @dataclass(eq=False)
 class _Cluster:
+    """A cluster's latest prompts.
+
+    Attributes:
+        key: that it was served under last.
+        conditioning: what the hypernetwork is given.
+        prompts: int32 token ids of each.
+        fresh: prompts since it was refined.
+        learned: prompts before that.
+        begun: what was common to its tenant when its update was made; None if there was nothing.
+            Taken for granted of one that an earlier process made.
+    """
+
     key: AdapterKey
     conditioning: Conditioning
     prompts: deque[Prompt]
-    embeddings: deque[FloatArray]
     fresh: int = 0
     learned: int = 0
-    refined: Generated | None = field(default=None, repr=False)
+    begun: Generated | None = field(default=None, repr=False)
+
+
+@dataclass(eq=False)
+class _Tenant:
+    """A tenant's latest prompts, by content, and what they have in common."""
+
+    key: AdapterKey
+    common: Generated | None = field(repr=False)
+    prompts: OrderedDict[bytes, Prompt] = field(default_factory=OrderedDict, repr=False)
+    fresh: int = 0
+    learned: int = 0
 
 
 class ClusterRefinery:
-    """Refines clusters one after the other. Not thread-safe: one thread offers and refines.
+    """Refines tenants and clusters, one after the other.
+
+    Not thread-safe: one thread offers and refines.
 
     Args:
-        refiner: does the descent.
-        generate: the update that a key names, where the first refinement here starts.
+        clusters: does the descent of a cluster.
+        common: does it for all of a tenant.
+        generate: what the hypernetwork makes of a cluster.
+        recall: what was kept of a place before, by an earlier process too.
         config: bounds.
     """
 
-    def __init__(self, refiner: Refiner, generate: Generate, config: RefineryConfig) -> None:
-        self._refiner = refiner
+    def __init__(
+        self,
+        clusters: Refiner,
+        common: Refiner,
+        generate: Generate,
+        recall: Recall,
+        config: RefineryConfig,
+    ) -> None:
+        self._refiner = clusters
+        self._common = common
         self._generate = generate
+        self._recall = recall
         self._config = config
         self._clusters: OrderedDict[Place, _Cluster] = OrderedDict()
+        self._tenants: dict[str, _Tenant] = {}
 
     def offer(self, offered: Offered) -> None:
         """Keep a prompt for its cluster; one without a cluster is let go, and one that it has.
@@ -113,16 +174,16 @@ class ClusterRefinery:
         if offered.key.cluster is None:
             return
         place = (offered.namespace, offered.key.cluster)
-        config = self._config
+        config, tenant = self._config, self._tenant(offered)
         if place not in self._clusters:
             self._clusters[place] = _Cluster(
                 offered.key,
                 offered.conditioning,
                 deque(maxlen=config.buffer),
-                deque(maxlen=config.buffer),
+                begun=tenant.common if offered.key.refinement else None,
             )
             if len(self._clusters) > config.max_clusters:
-                self._clusters.popitem(last=False)
+                self._forget()
         self._clusters.move_to_end(place)
         kept = self._clusters[place]
         kept.key, kept.conditioning = offered.key, offered.conditioning
@@ -130,63 +191,87 @@ class ClusterRefinery:
         if any(np.array_equal(prompt, one) for one in kept.prompts):
             return
         kept.prompts.append(prompt)
-        kept.embeddings.append(offered.embedding)
         kept.fresh += 1
+        tenant.prompts[prompt.tobytes()] = prompt
+        tenant.fresh += 1
+        if len(tenant.prompts) > config.common.buffer:
+            tenant.prompts.popitem(last=False)
 
     def held(self) -> list[Place]:
-        """Clusters whose prompts are kept."""
-        return list(self._clusters)
+        """Places whose refinements are of use."""
+        return [*((namespace, COMMON) for namespace in self._tenants), *self._clusters]
 
     def due(self) -> Place | None:
-        """The cluster with most new prompts among those that have enough; None if none has."""
+        """What is to be refined next; None if nothing is.
+
+        First a tenant, since its clusters start from what it has in common; then a cluster that
+        was made before that was known; then the cluster with most new prompts.
+        """
+        common, config = self._config.common, self._config
+        for namespace, tenant in self._tenants.items():
+            if tenant.fresh >= max(common.every, min(tenant.learned, common.buffer)):
+                return namespace, COMMON
+        for place, kept in self._clusters.items():
+            if kept.begun is not self._tenants[place[0]].common:
+                return place
         found = [
             (kept.fresh, place)
             for place, kept in self._clusters.items()
-            if kept.fresh >= max(self._config.every, min(kept.learned, self._config.buffer))
+            if kept.fresh >= max(config.every, min(kept.learned, config.buffer))
         ]
         return max(found)[1] if found else None
 
-    def refine(self, place: Place) -> tuple[AdapterKey, Generated] | None:
-        """Refine a cluster on its prompts, and where they are few on those most like them.
+    def refine(self, place: Place) -> Updates:
+        """Refine what is due.
 
         Returns:
-            The key it was served under, and the refined update (B = 1); None where nothing was
-            gained, and what was there stays.
+            What is new thereby; empty where nothing was gained, and what was there stays.
 
         Raises:
             DeltaError: the loss or a gradient is NaN or infinite.
         """
-        kept = self._clusters[place]
-        prompts = [*self._borrowed(place), *kept.prompts]
-        kept.learned, kept.fresh = kept.learned + kept.fresh, 0  # also where the rest fails
-        start = kept.refined or Generated.of(self._generate(kept.key, kept.conditioning))
-        refined = self._refiner.refine(prompts, start)
-        if refined.scale == 0:
-            return None
-        kept.refined = refined.generated
-        return kept.key, refined.generated
+        if place[1] == COMMON:
+            return self._refine_common(place)
+        kept, common = self._clusters[place], self._tenants[place[0]].common
+        moved = kept.begun is not common
+        enough = kept.learned > 0 or kept.fresh >= self._config.every
+        kept.begun = common  # this and the next also where the rest fails
+        if enough:
+            kept.learned, kept.fresh = kept.learned + kept.fresh, 0
+        start = Generated.of(self._generate(replace(kept.key, refinement=""), kept.conditioning))
+        if common is not None:
+            start = _sum(start, common)
+        refined = self._refiner.refine(list(kept.prompts), start) if enough else None
+        if refined is not None and refined.scale:
+            return {place: (kept.key, refined.generated)}
+        return {place: (kept.key, start)} if moved else {}
 
-    def _borrowed(self, place: Place) -> list[Prompt]:
-        """Prompts of the tenant's other clusters most like this one's, as many as there is room.
+    def _refine_common(self, place: Place) -> Updates:
+        tenant = self._tenants[place[0]]
+        tenant.learned, tenant.fresh = tenant.learned + tenant.fresh, 0  # also where the rest fails
+        refined = self._common.refine(list(tenant.prompts.values()), tenant.common)
+        if not refined.scale:
+            return {}
+        tenant.common = refined.generated
+        return {place: (tenant.key, refined.generated)}
 
-        Each but once, and none that it has itself.
-        """
-        kept = self._clusters[place]
-        room = self._config.buffer - len(kept.prompts)
-        centre = np.mean(np.stack(kept.embeddings), axis=0)
-        others = [
-            (float(embedding @ centre), prompt)
-            for other, its in self._clusters.items()
-            if other != place and other[0] == place[0]
-            for prompt, embedding in zip(its.prompts, its.embeddings, strict=True)
-        ]
-        others.sort(key=lambda pair: -pair[0])
-        taken = {prompt.tobytes() for prompt in kept.prompts}
-        borrowed: list[Prompt] = []
-        for _, prompt in others:
-            if len(borrowed) == room:
-                break
-            if (content := prompt.tobytes()) not in taken:
-                taken.add(content)
-                borrowed.append(prompt)
-        return borrowed
+    def _tenant(self, offered: Offered) -> _Tenant:
+        namespace = offered.namespace
+        if namespace not in self._tenants:
+            key = replace(offered.key, cluster=None, version=0, refinement="")
+            found = self._recall(key, (namespace, COMMON))
+            common = None if found is None else Generated.of(found)
+            self._tenants[namespace] = _Tenant(key, common)
+        return self._tenants[namespace]
+
+    def _forget(self) -> None:
+        """Make room for a cluster."""
+        (namespace, _), _ = self._clusters.popitem(last=False)
+        if all(other != namespace for other, _ in self._clusters):
+            del self._tenants[namespace]
+
+
+def _sum(generated: Generated, common: Generated) -> Generated:
+    assert generated.cores is not None
+    assert common.cores is not None
+    return replace(generated, cores=generated.cores + common.cores)

@@ -11,10 +11,8 @@ from dataclasses import dataclass
 from typing import NoReturn, Protocol
 
 from adapter_gen.codec import encode_delta
-from adapter_gen.hypernetwork import Generated
-from adapter_gen.refinery import ClusterRefinery, Offered, Place, RefineryConfig
+from adapter_gen.refinery import COMMON, ClusterRefinery, Offered, Place, RefineryConfig
 from adapter_gen.update import UpdateSpec
-from cluster_router.wire.types import AdapterKey
 
 _MOST_WAITING = 4096
 
@@ -25,11 +23,11 @@ class Refinements(Protocol):
     """Keeps refined updates; see RefinementStore."""
 
     def save(self, place: Place, data: bytes) -> None:
-        """Keep a refinement of a cluster as its newest."""
+        """Keep a refinement of a place as its newest."""
         ...
 
     def trim(self, most: int, held: Collection[Place]) -> None:
-        """Keep those of at most so many clusters, of the held ones first."""
+        """Keep those of at most so many places, of the held ones first."""
         ...
 
 
@@ -51,7 +49,7 @@ class RefineryStatus:
 
 
 class RefineryWorker:
-    """Takes prompts at any time; refines one cluster after the other, in a thread.
+    """Takes prompts at any time; refines one thing after the other, in a thread.
 
     Args:
         refinery: owned by this worker from now on.
@@ -103,7 +101,7 @@ class RefineryWorker:
     # The rest runs in the thread.
 
     def _step(self) -> bool:
-        """Refine one cluster; False if none is due."""
+        """Refine what is due; False if nothing is."""
         while self._waiting:
             self._refinery.offer(self._waiting.popleft())
         place = self._refinery.due()
@@ -111,18 +109,18 @@ class RefineryWorker:
             return False
         try:
             found = self._refinery.refine(place)
-            if found is None:
+            if not found:
                 self._unchanged += 1
-            else:
-                self._keep(place, *found)
+            for one, (key, refined) in found.items():
+                self._store.save(one, encode_delta(refined.delta(0, key, self._spec)))
                 self._refined += 1
+            if found:
+                self._store.trim(self._max_clusters, self._refinery.held())
         except Exception as error:  # whatever the client of an object store raises
             self._failed += 1
-            logger.error(
-                "cluster %d keeps the update it has: %s", place[1], str(error) or repr(error)
-            )
+            logger.error("%s keeps the update it has: %s", _named(place), str(error) or repr(error))
         return True
 
-    def _keep(self, place: Place, key: AdapterKey, refined: Generated) -> None:
-        self._store.save(place, encode_delta(refined.delta(0, key, self._spec)))
-        self._store.trim(self._max_clusters, self._refinery.held())
+
+def _named(place: Place) -> str:
+    return "what is common to a tenant" if place[1] == COMMON else f"cluster {place[1]}"

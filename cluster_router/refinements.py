@@ -14,9 +14,9 @@ from cluster_router.files import Folder, digest
 from cluster_router.wire.errors import BundleError
 
 Place = tuple[str, int]
-"""A namespace and the id of a cluster in it."""
+"""A namespace and the id of a cluster in it, or -1 for what is common to all of them."""
 
-_NAME = re.compile(r"refined-([0-9a-f]{16})-(\d{1,18})-(\d{6})-([0-9a-f]{16})\.safetensors")
+_NAME = re.compile(r"refined-([0-9a-f]{16})-(-1|\d{1,18})-(\d{6})-([0-9a-f]{16})\.safetensors")
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ class _Entry:
 
 
 class RefinementStore:
-    """Keeps of each cluster the last two refinements: routers learn of a new one a little later.
+    """Keeps of each place the last two refinements: routers learn of a new one a little later.
 
     What one namespace taught is never another's, even where both use a cluster of the bundle.
     Nothing of a prompt is in a file, only the numbers learned from many.
@@ -53,7 +53,7 @@ class RefinementStore:
         self._folder = Folder(uri, "refinements")
 
     def newest(self) -> dict[Place, Refinement]:
-        """The newest refinement of each cluster that has any; namespaces as `sealed`.
+        """The newest refinement of each place that has any; namespaces as `sealed`.
 
         Raises:
             SetupError: the folder cannot be listed.
@@ -66,7 +66,7 @@ class RefinementStore:
         return found
 
     def save(self, place: Place, data: bytes) -> None:
-        """Keep a refinement of a cluster as its newest, and drop all but the one before.
+        """Keep a refinement of a place as its newest, and drop all but the one before.
 
         Raises:
             SetupError: it cannot be written; what was there stays.
@@ -101,8 +101,18 @@ class RefinementStore:
             return data
         return None
 
+    def recall(self, place: Place) -> bytes | None:
+        """The newest refinement of a place; None where there is none.
+
+        Raises:
+            BundleError: it is damaged.
+            SetupError: the folder cannot be listed.
+        """
+        found = self.newest().get((sealed(place[0]), place[1]))
+        return None if found is None else self.load(found.id)
+
     def trim(self, most: int, held: Collection[Place]) -> None:
-        """Drop the refinements of clusters not in `held` while there are more than `most`."""
+        """Drop the refinements of places not in `held` while there are more than `most`."""
         safe = {(sealed(namespace), cluster) for namespace, cluster in held}
         entries = self._entries()
         places = list(dict.fromkeys(entry.place for entry in entries))

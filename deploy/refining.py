@@ -8,20 +8,24 @@ it. So no request ever waits for a refinement.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 from collections.abc import Sequence
+from functools import partial
 
 from ray.serve.handle import DeploymentHandle
 
 from adapter_gen.bundle import Bundle
+from adapter_gen.codec import decode_delta
 from adapter_gen.generator import AdapterGenerator
 from adapter_gen.refine import Refiner
-from adapter_gen.refinery import ClusterRefinery, Offered, last_tokens
+from adapter_gen.refinery import ClusterRefinery, Offered, Place, last_tokens
 from adapter_gen.refinery_worker import RefineryStatus, RefineryWorker
+from adapter_gen.update import LoraDelta, UpdateSpec
 from cluster_router.outbox import Outbox
 from cluster_router.refinements import NewestRefinements, Refinement, RefinementStore
 from cluster_router.wire.errors import ConfigError, UnavailableError
-from cluster_router.wire.types import Observation
+from cluster_router.wire.types import AdapterKey, Observation
 from deploy.config import AppConfig
 from deploy.learning import check_clusters, clusters_name, clusters_uri
 from deploy.logs import join_serve
@@ -32,6 +36,8 @@ from lm_workers.models import describe_model, load_causal_lm, resolve_dtype, res
 _NICENESS = 10
 """To the last there is, 19, from Ray's 15 and below the engine's (`deploy/placement.py`)."""
 _BATCH = 16
+
+logger = logging.getLogger(__name__)
 
 
 def refinement_store(config: AppConfig, bundle: Bundle) -> RefinementStore | None:
@@ -62,10 +68,21 @@ class RefineryReplica:
         if device == "cpu":
             os.nice(_NICENESS)
         model = load_causal_lm(path, resolve_dtype("auto", device), device)
-        refiner = Refiner(model, bundle.spec, bundle.bases, refinery.refine)
-        generator = AdapterGenerator(bundle, refined=store.load)
+        clusters, common = (
+            Refiner(model, bundle.spec, bundle.bases, config)
+            for config in (refinery.refine, refinery.common.refine)
+        )
         self._worker = RefineryWorker(
-            ClusterRefinery(refiner, generator.generate, refinery), store, bundle.spec, refinery
+            ClusterRefinery(
+                clusters,
+                common,
+                AdapterGenerator(bundle).generate,
+                partial(_recall, store, bundle.spec),
+                refinery,
+            ),
+            store,
+            bundle.spec,
+            refinery,
         )
         self._refining = asyncio.get_running_loop().create_task(self._worker.run())
         self._reporter = RefineryReporter()
@@ -93,6 +110,18 @@ class RefineryReplica:
         """Let Serve replace a refinery that refines no more."""
         if self._refining.done():
             raise UnavailableError("the refinery has stopped")
+
+
+def _recall(
+    store: RefinementStore, spec: UpdateSpec, key: AdapterKey, place: Place
+) -> LoraDelta | None:
+    """What is kept of a place; None too where that cannot be read, and it is learned anew."""
+    try:
+        data = store.recall(place)
+        return None if data is None else decode_delta(data, key, spec)
+    except Exception as error:  # whatever the client of an object store raises
+        logger.error("what a tenant's prompts had in common is learned anew: %s", error)
+        return None
 
 
 class RouterRefining:
@@ -155,7 +184,6 @@ class RouterRefining:
                 seen.namespace,
                 chosen.key,
                 chosen.conditioning,
-                seen.embedding,
                 last_tokens(seen.prompt_tokens, self._config.refinery.prompt_tokens, self._lead),
             )
         )

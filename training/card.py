@@ -118,8 +118,9 @@ Next-token loss in nats per token on the test split, {resamples:,} bootstrap res
 intervals in brackets ({interval}). `base` is the unadapted model, `static` what all clusters share,
 `hyper` this bundle with each document's own cluster, `shuffled` this bundle with a random other
 cluster. `refined` and `refined_shuffled` are the same after refinement on earlier prompts of the
-stream that the documents arrive in. Gains are positive where this bundle is better: over base
-(base - hyper), net (static - hyper), conditioning (shuffled - hyper), and so for refined. All
+stream that the documents arrive in, first on all of them and then on the cluster's own. Gains are
+positive where this bundle is better: over base (base - hyper), net (static - hyper), conditioning
+(shuffled - hyper), and so for refined. All
 variants, baselines and controls are in the report that the command below writes.
 
 """

@@ -69,6 +69,12 @@ def test_refinement_lowers_the_loss_of_prompts_it_never_saw(parts):
     assert after < before - 0.05
 
 
+def test_few_prompts_take_few_steps_where_passes_are_bounded():
+    config = RefineConfig(steps=40, batch=12, passes=1.5)
+    assert [config.steps_for(count) for count in (2, 12, 48, 1000)] == [1, 2, 6, 40]
+    assert RefineConfig(steps=40).steps_for(2) == 40
+
+
 def test_refinement_starts_from_what_it_is_given(parts):
     model, spec, bases = parts
     refiner = Refiner(model, spec, bases, CONFIG)

@@ -14,14 +14,24 @@ import torch
 from adapter_gen.codec import decode_delta
 from adapter_gen.hypernetwork import Generated
 from adapter_gen.refine import Refined
-from adapter_gen.refinery import ClusterRefinery, Offered, Place, RefineryConfig
+from adapter_gen.refinery import (
+    COMMON,
+    ClusterRefinery,
+    CommonConfig,
+    Offered,
+    Place,
+    RefineryConfig,
+)
 from adapter_gen.refinery_worker import RefineryWorker
 from adapter_gen.update import LoraDelta, Site, UpdateSpec
 from cluster_router.wire.errors import DeltaError, SetupError
 from cluster_router.wire.types import AdapterKey, Conditioning
 
 SPEC = UpdateSpec("head", 4, 8, (Site("head", 8, 8),))
-CONFIG = RefineryConfig(every=8, buffer=16, max_clusters=2)
+CONFIG = RefineryConfig(
+    every=8, buffer=16, max_clusters=2, common=CommonConfig(every=24, buffer=24)
+)
+ZEROS = Generated(cores=torch.zeros(1, 1, 4, 4), shift=torch.zeros(1, 8))
 
 
 class Store:
@@ -50,9 +60,10 @@ class Refiner:
         self.scale = 1.0
         self.fails = False
 
-    def refine(self, prompts, start: Generated) -> Refined:
+    def refine(self, prompts, start: Generated | None) -> Refined:
         if self.fails:
             raise DeltaError("a loss of nan")
+        start = start or ZEROS
         moved = Generated(cores=start.cores + self.scale, shift=start.shift)
         return Refined(moved, self.scale, 0.1, 1)
 
@@ -76,7 +87,13 @@ def store() -> Store:
 
 @pytest.fixture
 async def worker(refiner: Refiner, store: Store) -> AsyncIterator[RefineryWorker]:
-    refinery = ClusterRefinery(refiner, generate, CONFIG)  # type: ignore[arg-type]
+    refinery = ClusterRefinery(
+        refiner,  # type: ignore[arg-type]
+        refiner,  # type: ignore[arg-type]
+        generate,
+        lambda key, place: None,
+        CONFIG,
+    )
     worker = RefineryWorker(refinery, store, SPEC, CONFIG)
     task = asyncio.create_task(worker.run())
     yield worker
@@ -90,7 +107,7 @@ def prompts(cluster: int, count: int = 8) -> list[Offered]:
     embedding = np.ones(4, np.float32) / 2
     key, seen = AdapterKey("base", "hyper", cluster, 1), Conditioning(embedding, 5.0)
     tokens = [np.full(20, next(NEXT), np.int32) for _ in range(count)]
-    return [Offered("", key, seen, embedding, one) for one in tokens]
+    return [Offered("", key, seen, one) for one in tokens]
 
 
 async def until(check: Callable[[], bool]) -> None:
@@ -99,10 +116,10 @@ async def until(check: Callable[[], bool]) -> None:
             await asyncio.sleep(0.005)
 
 
-def cores(store: Store) -> list[float]:
-    """Of every refinement of cluster 7, their mean."""
-    key = AdapterKey("base", "hyper", 7, 0, "cafe")
-    found = [decode_delta(data, key, SPEC).cores for data in store.files["", 7]]
+def cores(store: Store, cluster: int = 7) -> list[float]:
+    """Of every refinement of a cluster, their mean."""
+    key = AdapterKey("base", "hyper", cluster, 0, "cafe")
+    found = [decode_delta(data, key, SPEC).cores for data in store.files["", cluster]]
     return [float(one.mean()) for one in found if one is not None]
 
 
@@ -117,8 +134,11 @@ async def test_what_is_refined_is_kept_under_the_next_number(
     assert cores(store) == [1.0]
     await worker.offer(prompts(7))
     await until(lambda: worker.status().refined == 2)
-    assert cores(store) == [1.0, 2.0]
+    assert cores(store) == [1.0, 1.0]
     assert worker.status().offered == 16
+    await worker.offer(prompts(8))
+    await until(lambda: worker.status().refined == 5)
+    assert (cores(store, COMMON), cores(store), cores(store, 8)) == ([1.0], [1.0, 1.0, 2.0], [2.0])
 
 
 async def test_where_nothing_is_gained_nothing_is_kept(
@@ -140,14 +160,14 @@ async def test_it_goes_on_after_a_failure(
     await worker.offer(prompts(7))
     await until(lambda: worker.status().failed == 2)
     store.full, store.gone = False, True
-    await worker.offer(prompts(7, 16))
-    await until(lambda: worker.status().failed == 3)
+    await worker.offer(prompts(7))
+    await until(lambda: worker.status().failed == 4)
     said = [record.message.partition(": ")[2] for record in caplog.records]
-    assert said == ["a loss of nan", "no space left", "no credentials"]
+    assert said == ["a loss of nan", "no space left", "no credentials", "no credentials"]
     store.gone = False
     await worker.offer(prompts(7, 16))
     await until(lambda: worker.status().refined == 1)
-    assert cores(store) == [3.0], "what could not be saved is not lost"
+    assert cores(store) == [2.0], "what was common could not be saved, and is not lost"
 
 
 async def test_a_number_that_overflows_is_refused(
@@ -165,4 +185,4 @@ async def test_the_store_keeps_no_more_clusters_than_the_refinery(
     for cluster in (1, 2, 3):
         await worker.offer(prompts(cluster, 8 if cluster == 3 else 1))
     await until(lambda: worker.status().refined == 1)
-    assert store.trimmed == [(2, [("", 2), ("", 3)])]
+    assert store.trimmed == [(2, [("", COMMON), ("", 2), ("", 3)])]

@@ -33,6 +33,17 @@ def test_what_is_saved_is_found_by_another_reader(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("refined/refined-*"))) == 2, "no name leads out of the folder"
 
 
+def test_what_is_common_to_a_tenant_is_a_place_of_its_own(tmp_path: Path) -> None:
+    store = RefinementStore(str(tmp_path))
+    assert store.recall(("a", -1)) is None
+    store.save(("a", -1), b"all")
+    store.save(("a", -1), b"all of it")
+    store.save(("a", 1), b"one cluster")
+    assert store.recall(("a", -1)) == b"all of it"
+    assert store.recall(("a", 1)) == b"one cluster"
+    assert store.recall(("b", -1)) is None
+
+
 def test_the_last_two_of_a_cluster_stay(tmp_path: Path) -> None:
     store = RefinementStore(str(tmp_path))
     ids = []

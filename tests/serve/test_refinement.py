@@ -37,6 +37,13 @@ def sql(seed: int) -> str:
     return "\n".join(lines)
 
 
+RECIPE = (
+    "Preheat the oven to 180 degrees. Beat the butter with the sugar until it is pale, stir in the "
+    "eggs one after the other, then the flour and a pinch of salt. Pour the batter into a buttered "
+    "tin and bake it for forty minutes, until a skewer comes out clean. Let the cake cool down."
+)
+
+
 class Client:
     """Speaks for one namespace."""
 
@@ -91,6 +98,10 @@ def url(service, folder: Path) -> Iterator[str]:
                     "every": 16,
                     "buffer": 16,
                     "refine": {"steps": 4, "batch": 6, "learning_rate": 0.045},
+                    "common": {
+                        "every": 24,
+                        "refine": {"steps": 4, "batch": 6, "learning_rate": 0.045},
+                    },
                 },
             },
         }
@@ -124,6 +135,25 @@ def test_a_cluster_is_refined_on_the_prompts_of_those_who_allow_it(url: str, fol
     assert allowing.loss(-1) < before - 0.05
     adapter = allowing.http.get(f"/v1/clusters/{cluster}/adapter", params={"namespace": OPEN})
     assert adapter.raise_for_status().content.startswith(b"PK")
+
+
+def test_what_is_common_to_a_tenant_reaches_a_cluster_that_learned_nothing(url: str) -> None:
+    client = Client(url, OPEN)
+    used = client.complete(RECIPE, learn=False)["adaptation"]
+    cluster, sql_cluster = (
+        used["cluster"],
+        client.complete(sql(-1), learn=False)["adaptation"]["cluster"],
+    )
+    assert cluster != sql_cluster
+    held = client.cluster(sql_cluster)["refinement"]
+    client.send(range(16, 24))  # 24 with those of the test before
+    client.refined(sql_cluster, held + 1)
+    assert client.cluster(cluster)["refinement"] == 0
+    client.complete(RECIPE)
+    client.refined(cluster, 1)
+    found = client.complete(RECIPE, learn=False)["adaptation"]
+    assert found["cluster"] == cluster
+    assert found["adapter_key"] != used["adapter_key"]
 
 
 def test_a_damaged_refinement_is_served_unrefined(url: str, folder: Path) -> None:

@@ -23,6 +23,7 @@ from training.evaluation.store import Store
 from training.evaluation.stream import (
     NOBODY,
     Arrivals,
+    Common,
     Plan,
     Refinement,
     plan_stream,
@@ -126,7 +127,9 @@ class Evaluator:
         self._work = Work()
         self._scores = Scores(base, store, settings.batch, self._work)
         bundle = subject.bundle
-        self._refinery = Refinery(bundle, settings.refine, self._scores, settings.seed)
+        self._refinery = Refinery(
+            bundle, settings.refine, settings.stream.common.refine, self._scores, settings.seed
+        )
         self._embedder = TokenEmbedder(base.embedding, bundle.token_weights)
         self._baselines = Baselines(
             unadapted=Family.unadapted(bundle.spec),
@@ -168,7 +171,7 @@ class Evaluator:
         random = None
         if "refined_random" in self._names:
             labels = random_labels(plan, settings.seed)
-            prepared.plans.append(plan_stream(arrivals, snapshot, stream, labels, settings.seed))
+            prepared.plans.append(plan_stream(arrivals, snapshot, stream, labels))
             random = StreamUpdates(self._refinery, prepared.plans[1], windows, settings)
         expensive = last_of_each_domain(plan, windows, settings.expensive_documents)
         prompter = Prompter.of(self._base, windows, settings)
@@ -225,7 +228,7 @@ class Evaluator:
     def _training(self, prepared: _Prepared) -> int:
         if not any(name.startswith("refined") for name in self._names):
             return 0
-        return sum(self._refinery.cost(_refinements(plan), plan) for plan in prepared.plans)
+        return sum(self._refinery.cost(plan, _refinements(plan)) for plan in prepared.plans)
 
     def _measure(self, prepared: _Prepared) -> Measured:
         sums = {variant.name: variant.nats(self._scores) for variant in prepared.variants}
@@ -261,13 +264,17 @@ def _family(spec: UpdateSpec, bases: SharedBases) -> Family:
     return Family.of(UpdateSpec(spec.depth, rank, spec.hidden_size, spec.sites, spec.alpha), bases)
 
 
-def _refinements(plan: Plan) -> list[Refinement]:
-    """Every refinement of a plan."""
-    found: dict[Refinement, None] = {}
+def _refinements(plan: Plan) -> list[Refinement | Common]:
+    """All that documents are scored under, or that such starts from."""
+    found: dict[Refinement | Common, None] = {}
     for moment in plan.moments:
-        for newest in moment.known.refinements.values():
-            one: Refinement | None = newest
-            while one is not None and one not in found:
+        if plan.arrivals.scored[moment.time] < 0:
+            continue
+        newest = list(moment.known.refinements.values())
+        found |= dict.fromkeys(newest)
+        for common in (moment.known.common, *(one.common for one in newest)):
+            one = common
+            while one is not None:
                 found[one] = None
                 one = one.before
     return list(found)

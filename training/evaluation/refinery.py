@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from adapter_gen.refine import RefineConfig, Refiner
 from cluster_router.wire.types import Conditioning
 from training.data import Window
 from training.evaluation.scores import Scores
-from training.evaluation.stream import Plan, Refinement
+from training.evaluation.stream import Common, Plan, Refinement
 from training.evaluation.updates import Family, Key, Update, blend, digest
 
 _HELD = 96
@@ -28,20 +28,23 @@ class Refinery:
 
     Args:
         bundle: its hypernetwork, its bases.
-        config: how refinement is done.
+        config: how clusters are refined.
+        common: how what all arrivals have in common is learned.
         scores: base model, store and progress.
         seed: of refinement.
     """
 
-    def __init__(self, bundle: Bundle, config: RefineConfig, scores: Scores, seed: int) -> None:
+    def __init__(
+        self, bundle: Bundle, config: RefineConfig, common: RefineConfig, scores: Scores, seed: int
+    ) -> None:
         self.bundle = bundle
         self.family = Family.of(bundle.spec, bundle.bases)
         self._config = config
+        self._common_config = common
         self._scores = scores
         self._seed = seed
         self._held: OrderedDict[Key, Generated] = OrderedDict()
-        self._refined: dict[Refinement, Update] = {}
-        self._gains: dict[Refinement, float] = {}
+        self._refined: dict[Refinement | Common, Update] = {}
 
     def static(self) -> Update:
         """The bundle's update with nothing generated."""
@@ -65,45 +68,64 @@ class Refinery:
         """An update of the bundle's family; the last few made are held in memory."""
         return Update(key, self.family, lambda: self._hold(key, make))
 
+    def start(self, plan: Plan, conditioning: Conditioning | None, common: Common | None) -> Update:
+        """Where a cluster's refinement starts: what is generated, and what is common to all."""
+        generated = self.generate(conditioning)
+        if common is None:
+            return generated
+        shared = self.common(plan, common)
+        key = digest("sum", generated.key, shared.key)
+        return self.update(
+            key, lambda: blend([1.0, 1.0], [generated.generated(), shared.generated()])
+        )
+
+    def common(self, plan: Plan, common: Common) -> Update:
+        """What the arrivals of a stream have in common, and before it what that starts from."""
+        if common not in self._refined:
+            before = common.before
+            start = self.static() if before is None else self.common(plan, before)
+            contexts = self._contexts(plan, common)
+            self._refined[common] = self.refine(contexts, start, self._common_config)
+        return self._refined[common]
+
     def refined(self, plan: Plan, refinement: Refinement) -> Update:
-        """A refinement of a stream, and before it those that it starts from."""
+        """A refinement of a stream."""
         if refinement not in self._refined:
-            before = refinement.before
-            start = (
-                self.generate(refinement.conditioning)
-                if before is None
-                else self.refined(plan, before)
-            )
-            contexts = [window.context_tokens for window in plan.contexts(refinement.prompts)]
-            self._refined[refinement] = self.refine(contexts, start)
+            start = self.start(plan, refinement.conditioning, refinement.common)
+            contexts = self._contexts(plan, refinement)
+            self._refined[refinement] = self.refine(contexts, start, self._config)
         return self._refined[refinement]
 
-    def refine(self, contexts: Sequence[np.ndarray], start: Update) -> Update:
+    def refine(self, contexts: Sequence[np.ndarray], start: Update, config: RefineConfig) -> Update:
         """`start` refined on `contexts`, when it is needed."""
-        key = self._key(contexts, start)
-        return self.update(key, lambda: self._refine(key, contexts, start))
+        key = self._key(contexts, start, config)
+        return self.update(key, lambda: self._refine(key, contexts, start, config))
 
     def own(self, window: Window) -> Update:
         """The static update refined on pieces of one document's own context."""
         count = min(self._config.min_prompts, len(window.content_tokens) // 2)
         pieces = np.array_split(window.content_tokens, max(1, count))
         lead = window.tokens[: window.lead]
-        return self.refine([np.concatenate([lead, piece]) for piece in pieces], self.static())
+        prompts = [np.concatenate([lead, piece]) for piece in pieces]
+        return self.refine(prompts, self.static(), self._config)
 
     def gain(self, plan: Plan, refinement: Refinement) -> float:
-        """What it and those before it gained, each on the contexts it held back, in all.
+        """What it, and what was common before it, gained on the contexts that were held back.
 
-        In nats per token, over what the hypernetwork had made.
+        In nats per token, in all.
         """
-        if refinement not in self._gains:
-            before = refinement.before
-            start = 0.0 if before is None else self.gain(plan, before)
-            update = self.refined(plan, refinement)
-            update.generated()
-            kept = self._scores.store.tensors(update.key)
-            assert kept is not None
-            self._gains[refinement] = start + float(kept[1]["gain"])
-        return self._gains[refinement]
+        gain = self._gain(self.refined(plan, refinement))
+        common = refinement.common
+        while common is not None:
+            gain += self._gain(self.common(plan, common))
+            common = common.before
+        return gain
+
+    def _gain(self, update: Update) -> float:
+        update.generated()
+        kept = self._scores.store.tensors(update.key)
+        assert kept is not None
+        return float(kept[1]["gain"])
 
     def mean(self, weights: Sequence[float], updates: Sequence[Update]) -> Update:
         """The weighted mean of several updates."""
@@ -111,38 +133,47 @@ class Refinery:
         key = digest("blend", shares, [update.key for update in updates])
         return self.update(key, lambda: blend(shares, [one.generated() for one in updates]))
 
-    def cost(self, refinements: Sequence[Refinement], plan: Plan) -> int:
+    def cost(self, plan: Plan, refinements: Iterable[Refinement | Common]) -> int:
         """Tokens through the model, about, that these refinements take."""
         return sum(
-            self._cost([window.context_tokens for window in plan.contexts(one.prompts)])
-            for one in refinements
+            self._cost(self._contexts(plan, one), self._config_of(one)) for one in refinements
         )
 
-    def _cost(self, contexts: Sequence[np.ndarray]) -> int:
-        tokens = sum(len(context) for context in contexts)
-        learned = min(self._config.batch, len(contexts)) * tokens / max(1, len(contexts))
-        looks = (1 + len(self._config.scales)) * self._config.held_back * tokens
-        return int(_TRAINING_COST * self._config.steps * learned + looks)
+    def _config_of(self, one: Refinement | Common) -> RefineConfig:
+        return self._config if isinstance(one, Refinement) else self._common_config
 
-    def _key(self, contexts: Sequence[np.ndarray], start: Update) -> Key:
+    def _contexts(self, plan: Plan, one: Refinement | Common) -> list[np.ndarray]:
+        return [window.context_tokens for window in plan.contexts(one.prompts)]
+
+    def _cost(self, contexts: Sequence[np.ndarray], config: RefineConfig) -> int:
+        tokens = sum(len(context) for context in contexts)
+        count = len(contexts)
+        steps = config.steps_for(round((1 - config.held_back) * count))
+        learned = min(config.batch, count) * tokens / max(1, count)
+        looks = (1 + len(config.scales)) * config.held_back * tokens
+        return int(_TRAINING_COST * steps * learned + looks)
+
+    def _key(self, contexts: Sequence[np.ndarray], start: Update, config: RefineConfig) -> Key:
         return self._scores.key(
             "refined",
             self.bundle.hypernetwork_id,
-            self._config.model_dump_json(),
+            config.model_dump_json(),
             self._seed,
             digest(*contexts),
             start.key,
         )
 
-    def _refine(self, key: Key, contexts: Sequence[np.ndarray], start: Update) -> Generated:
-        work, cost = self._scores.work, self._cost(contexts)
+    def _refine(
+        self, key: Key, contexts: Sequence[np.ndarray], start: Update, config: RefineConfig
+    ) -> Generated:
+        work, cost = self._scores.work, self._cost(contexts, config)
         kept = self._scores.store.tensors(key)
         if kept is not None:
             work.spared(cost)
             return Generated(**kept[0])
         first = start.generated()
         model = self._scores.base.model
-        refiner = Refiner(model, self.bundle.spec, self.bundle.bases, self._config, self._seed)
+        refiner = Refiner(model, self.bundle.spec, self.bundle.bases, config, self._seed)
         found = refiner.refine(contexts, first)
         tensors = {
             name: tensor

@@ -48,12 +48,13 @@ Groups that arrive as a stream: {groups}. Documents of all their domains are int
 (seed {seed}). Contexts of {warmup} further documents of each domain arrive {when}, from splits of
 which nothing is scored as far as those go; nothing of them is scored, and no document's scored part
 is ever learned from.
-Clusters begin with {start} and are published every {publish} arrivals; a cluster is refined anew
-when {refine} of its contexts are new (as many as it had learned from, if that is more), on its
-latest {buffer}{borrowed}. A document is scored under what its cluster had been refined to before it
-arrived, and joins the cluster only then; so `refined` is the control "others only", and
-`refined_own` its counterpart "own prompt only". Static is the update of a document that resembles
-no cluster.
+Clusters begin with {start} and are published every {publish} arrivals. What all have in common is
+learned anew when {common} contexts are new (as many as had been learned from, if that is more, up
+to {common_buffer}), from the latest {common_buffer}; `refined_common` is that alone. A cluster is
+refined from there when {refine} of its contexts are new (likewise), on its latest {buffer}. A
+document is scored under what its cluster had been refined to before it arrived, and joins the
+cluster only then; so `refined` is the control "others only", and `refined_own` its counterpart "own
+prompt only". Static is the update of a document that resembles no cluster.
 """
 
 
@@ -118,11 +119,10 @@ def _stream(protocol: dict[str, Any]) -> Iterator[str]:
             when="before all others" if stream["warmup"] == "first" else "in between",
             start="the bundle's" if stream["start"] == "bundle" else "none",
             publish=stream["publish_every"],
+            common=stream["common"]["every"],
+            common_buffer=stream["common"]["buffer"],
             refine=stream["refine_every"],
             buffer=stream["buffer"],
-            borrowed=" and, where there are fewer, the most similar of other clusters"
-            if stream["borrow"]
-            else "",
         )
 
 

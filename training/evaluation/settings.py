@@ -9,6 +9,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from adapter_gen.refine import RefineConfig
+from adapter_gen.refinery import CommonConfig, RefineryConfig
 from cluster_router.learning.config import LearnerConfig
 from cluster_router.wire.errors import ConfigError
 from training.statistics import RESAMPLES
@@ -31,7 +32,8 @@ SNAPSHOT_VARIANTS = {
 }
 STREAM_VARIANTS = {
     "stream": "the hypernetwork on clusters formed online from earlier contexts",
-    "refined": "the same, refined on the cluster's earlier contexts",
+    "refined_common": "the same, and what all earlier contexts have in common",
+    "refined": "the same, refined further on the cluster's earlier contexts",
     "refined_shuffled": "the refined update of a random other cluster",
     "refined_mean": "the mean of all clusters' refined updates",
     "refined_noise": "a random update of the same norm as the refined one",
@@ -48,7 +50,7 @@ EXPENSIVE = ("refined_own", "in_context", "neural_cache", "oracle")
 """Measured on a part of the documents only, as many of each domain."""
 QUICK = (
     "base", "static", "budget_static", "hyper", "shuffled", "mean",
-    "stream", "refined", "refined_shuffled",
+    "stream", "refined_common", "refined", "refined_shuffled",
 )  # fmt: skip
 
 
@@ -87,11 +89,10 @@ class StreamSettings(_Settings):
         warmup: whether they arrive before all others, or in between.
         start: whether clusters begin with the bundle's or with none.
         publish_every: arrivals between two publications of the clusters.
+        common: what all arrivals have in common, and when it is learned anew.
         refine_every: new contexts of a cluster after which it is refined anew; as many as it had
             learned from, if that is more.
         buffer: contexts that refinement learns from: the cluster's latest.
-        borrow: whether a cluster with fewer contexts than that also learns from the earlier
-            contexts of other clusters that are most like its centroid.
         support_sizes: the gain is also measured with at most so many earlier contexts.
         learner: settings of the online clustering.
     """
@@ -101,9 +102,9 @@ class StreamSettings(_Settings):
     warmup: Literal["first", "mixed"] = "first"
     start: Literal["bundle", "empty"] = "bundle"
     publish_every: Positive = 16
+    common: CommonConfig = CommonConfig()
     refine_every: Positive = 16
     buffer: Positive = 64
-    borrow: bool = True
     support_sizes: tuple[Count, ...] = (0, 16, 32, 64, 128)
     learner: LearnerConfig = LearnerConfig()
 
@@ -137,7 +138,7 @@ class EvaluateSettings(_Settings):
     merge_nearest: Positive = 4
     merge_temperature: Annotated[float, Field(gt=0)] = 0.05
     context_prompt_tokens: Positive = 1500
-    refine: RefineConfig = RefineConfig()
+    refine: RefineConfig = RefineryConfig().refine
     oracle: OracleSettings = OracleSettings()
     stream: StreamSettings = StreamSettings()
 

@@ -28,6 +28,21 @@ NOBODY = -1
 
 
 @dataclass(frozen=True, eq=False)
+class Common:
+    """What all arrivals so far have in common, to be learned from their contexts.
+
+    Attributes:
+        prompts: arrivals whose contexts are learned from, oldest first: the latest.
+        seen: how many had arrived.
+        before: what it starts from; None starts from nothing.
+    """
+
+    prompts: tuple[int, ...]
+    seen: int
+    before: Common | None
+
+
+@dataclass(frozen=True, eq=False)
 class Arrivals:
     """Documents in the order they arrive.
 
@@ -67,17 +82,19 @@ class Refinement:
 
     Attributes:
         cluster: its id.
-        prompts: arrivals whose contexts are learned from, oldest first: the cluster's latest, and
-            where these are few, others like them.
+        prompts: arrivals whose contexts are learned from, oldest first: the cluster's latest.
         seen: how many contexts of the cluster had arrived.
-        conditioning: what the hypernetwork is given for the first start.
-        before: the refinement that this one starts from; None starts from the hypernetwork.
+        conditioning: what the hypernetwork is given. A refinement starts from what it makes of
+            that, and from what was common by then.
+        common: that; None for nothing.
+        before: the cluster's refinement that this one replaces.
     """
 
     cluster: int
     prompts: tuple[int, ...]
     seen: int
     conditioning: Conditioning
+    common: Common | None
     before: Refinement | None
 
     def within(self, support: int) -> Refinement | None:
@@ -96,11 +113,13 @@ class Published:
         snapshot: the clusters.
         members: earlier arrivals of each cluster, by id, oldest first.
         refinements: the newest of each cluster that has any, by id.
+        common: what the arrivals have in common, None for nothing.
     """
 
     snapshot: ClusterSnapshot
     members: Mapping[int, tuple[int, ...]]
     refinements: Mapping[int, Refinement]
+    common: Common | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,7 +184,6 @@ def plan_stream(
     start: ClusterSnapshot,
     settings: StreamSettings,
     labels: Sequence[int] | None = None,
-    seed: int = 0,
 ) -> Plan:
     """Let documents arrive one after the other.
 
@@ -175,11 +193,10 @@ def plan_stream(
         settings: of the stream.
         labels: cluster id of each arrival, in place of the nearest cluster: for the control in
             which the partition is random.
-        seed: of the contexts that clusters borrow in that control.
     """
     if settings.start == "empty":
         start = ClusterSnapshot.empty(start.dim)
-    planner = _Planner(arrivals, start, settings, labels, seed)
+    planner = _Planner(arrivals, start, settings, labels)
     moments = []
     for time in range(len(arrivals)):
         if time % settings.publish_every == 0:
@@ -205,15 +222,13 @@ class _Planner:
         start: ClusterSnapshot,
         settings: StreamSettings,
         labels: Sequence[int] | None,
-        seed: int,
     ) -> None:
         self._arrivals = arrivals
         self._settings = settings
         self._labels = labels
-        self._seed = seed
         self._learner = CentroidLearner(start, settings.learner)
         self._learned: dict[int, set[int]] = defaultdict(set)
-        self._known = Published(start, {}, {})
+        self._known = Published(start, {}, {}, None)
 
     def learn(self, time: int) -> None:
         self._learner.learn(self._arrivals.embeddings[time : time + 1])
@@ -230,13 +245,14 @@ class _Planner:
             members[cluster].append(earlier)
         members.pop(NOBODY, None)
         held = {cluster: tuple(found) for cluster, found in members.items()}
+        common = self._learn_common(time)
         before = self._known.refinements
         refinements = {
             cluster: refinement
             for cluster, found in held.items()
-            if (refinement := self._refine(time, snapshot, cluster, found, before.get(cluster)))
+            if (refinement := self._refine(snapshot, cluster, found, before.get(cluster), common))
         }
-        self._known = Published(snapshot, held, refinements)
+        self._known = Published(snapshot, held, refinements, common)
 
     def moment(self, time: int) -> Moment:
         """What is known of the arrival at `time`."""
@@ -246,43 +262,33 @@ class _Planner:
         cluster = ids[0] if self._labels is None else self._labels[time]
         return Moment(time, self._known, cluster, float(similarities[0]))
 
+    def _learn_common(self, time: int) -> Common | None:
+        """What is new in common if enough arrivals are new, else what was."""
+        before, config = self._known.common, self._settings.common
+        seen = 0 if before is None else before.seen
+        if time - seen < max(config.every, min(seen, config.buffer)):
+            return before
+        return Common(tuple(range(max(0, time - config.buffer), time)), time, before)
+
     def _refine(
         self,
-        time: int,
         snapshot: ClusterSnapshot,
         cluster: int,
         members: tuple[int, ...],
         before: Refinement | None,
+        common: Common | None,
     ) -> Refinement | None:
-        """A new refinement if enough members are new, else the one before."""
+        """A new refinement if enough members or what is common are new, else the one before."""
         learned, row = self._learned[cluster], snapshot.row(cluster)
         due = max(self._settings.refine_every, len(learned))
-        if row is None or len(set(members) - learned) < due:
+        grown = len(set(members) - learned) >= due
+        moved = before is not None and before.common is not common
+        if row is None or not (grown or moved):
             return before
         learned.update(members)
         prompts = members[-self._settings.buffer :]
-        if self._settings.borrow and len(prompts) < self._settings.buffer:
-            borrowed = self._nearest(snapshot, row, time, members)
-            prompts = tuple(sorted((*prompts, *borrowed[: self._settings.buffer - len(prompts)])))
         conditioning = snapshot.conditioning_of(row)
-        return Refinement(cluster, prompts, len(learned), conditioning, before)
-
-    def _nearest(
-        self, snapshot: ClusterSnapshot, row: int, time: int, members: tuple[int, ...]
-    ) -> list[int]:
-        """Arrivals before `time` that are not among `members`, most like the cluster first.
-
-        In the control of a random partition, in random order.
-        """
-        if self._labels is None:
-            earlier = snapshot.project(self._arrivals.embeddings[:time])
-            order = np.argsort(-(earlier @ snapshot.centroids[row]), kind="stable")
-        else:
-            # A seed of 0 at the end changes nothing: figures from before it counted stay.
-            random = np.random.default_rng([time, len(members), self._seed])
-            order = random.permutation(time)
-        own = set(members)
-        return [int(place) for place in order if int(place) not in own]
+        return Refinement(cluster, prompts, len(learned), conditioning, common, before)
 
 
 def _assign(embeddings: FloatArray, snapshot: ClusterSnapshot) -> tuple[FloatArray, list[int]]:

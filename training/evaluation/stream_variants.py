@@ -48,6 +48,11 @@ class StreamUpdates:
         moment = self.moments[index]
         return self._refinery.generate(moment.conditioning(moment.cluster))
 
+    def common(self, index: int) -> Update:
+        """The hypernetwork's, and what all earlier arrivals have in common."""
+        moment = self.moments[index]
+        return self._start(moment, moment.cluster)
+
     def refined(self, index: int) -> Update:
         """As it would be served."""
         moment = self.moments[index]
@@ -60,7 +65,7 @@ class StreamUpdates:
             refinement = self.moments[index].refinement
             found = None if refinement is None else refinement.within(support)
             if found is None:
-                return self.stream(index)
+                return self.common(index)
             return self._refinery.refined(self.plan, found)
 
         return update
@@ -110,7 +115,13 @@ class StreamUpdates:
         refinement = moment.known.refinements.get(cluster)
         if refinement is not None:
             return self._refinery.refined(self.plan, refinement)
-        return self._refinery.generate(moment.conditioning(cluster))
+        return self._start(moment, cluster)
+
+    def _start(self, moment: Moment, cluster: int) -> Update:
+        if cluster == NOBODY:
+            return self._refinery.static()
+        conditioning = moment.conditioning(cluster)
+        return self._refinery.start(self.plan, conditioning, moment.known.common)
 
 
 @dataclass(frozen=True)
@@ -196,6 +207,7 @@ def stream_variants(
     updates, static = setting.updates, Update.static(setting.static)
     makers: dict[str, Callable[[int], Update]] = {
         "stream": updates.stream,
+        "refined_common": updates.common,
         "refined": updates.refined,
         "refined_shuffled": updates.shuffled,
         "refined_mean": updates.mean,

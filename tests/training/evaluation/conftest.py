@@ -62,6 +62,18 @@ def quick_settings() -> EvaluateSettings:
                 "groups": ["unseen"],
                 "warmup_documents": 4,
                 "publish_every": 4,
+                "common": {
+                    "every": 8,
+                    "buffer": 16,
+                    "refine": {
+                        "steps": 8,
+                        "passes": 1,
+                        "learning_rate": 0.1,
+                        "batch": 4,
+                        "min_prompts": 2,
+                        "margin": 0,
+                    },
+                },
                 "refine_every": 4,
                 "buffer": 8,
                 "support_sizes": [0, 4, 8],

@@ -22,8 +22,8 @@ from training.evaluation.stream_variants import Prompter
 from training.statistics import Array
 
 OF_THE_STREAM = (
-    "static", "hyper", "stream", "refined", "refined_shuffled", "refined_mean", "refined_merge",
-    "refined_own", "in_context", "unigram_cache", "neural_cache", "refined@4",
+    "static", "hyper", "stream", "refined_common", "refined", "refined_shuffled", "refined_mean",
+    "refined_merge", "refined_own", "in_context", "unigram_cache", "neural_cache", "refined@4",
 )  # fmt: skip
 
 
@@ -81,37 +81,32 @@ def test_refinements_learn_from_earlier_contexts_only(plan: Plan) -> None:
         while refinement is not None:
             assert max(refinement.prompts) < moment.time
             before = refinement.before
-            assert before is None or 2 * before.seen <= refinement.seen
+            if before is not None:
+                moved = refinement.common is not before.common
+                assert (
+                    before.seen <= refinement.seen if moved else 2 * before.seen <= refinement.seen
+                )
             refinement = before
             met += 1
     assert met, "some document should be served under a refinement"
 
 
-@pytest.mark.parametrize("borrow", [True, False])
-def test_a_small_cluster_borrows_the_contexts_most_like_it(
-    plan: Plan, random_bundle: Bundle, quick_settings: EvaluateSettings, borrow: bool
+def test_what_is_common_learns_from_earlier_contexts_only(
+    plan: Plan, quick_settings: EvaluateSettings
 ) -> None:
-    settings = quick_settings.stream.model_copy(update={"borrow": borrow})
-    planned = plan_stream(plan.arrivals, random_bundle.snapshot, settings)
-    embeddings, borrowed = plan.arrivals.embeddings, 0
-    known = {id(moment.known): moment.known for moment in planned.moments}
-    for cluster, refinement in (item for k in known.values() for item in k.refinements.items()):
-        published = next(k for k in known.values() if k.refinements.get(cluster) is refinement)
-        own = set(published.members[cluster])
-        others = [time for time in refinement.prompts if time not in own]
-        row = published.snapshot.row(cluster)
-        assert row is not None
-        if others:
-            assert len(refinement.prompts) <= settings.buffer
-            centroid = published.snapshot.centroids[row]
-            last = max(refinement.prompts)
-            left = [t for t in range(last) if t not in own and t not in others]
-            worst = min(float(embeddings[t] @ centroid) for t in others)
-            assert (
-                worst >= max((float(embeddings[t] @ centroid) for t in left), default=-1.0) - 1e-6
-            )
-            borrowed += len(others)
-    assert (borrowed > 0) == borrow
+    config, met = quick_settings.stream.common, 0
+    for moment in plan.moments:
+        common = moment.known.common
+        while common is not None:
+            assert max(common.prompts) < common.seen <= moment.time
+            assert len(common.prompts) == min(common.seen, config.buffer)
+            before = common.before
+            assert before is None or common.seen - before.seen >= min(before.seen, config.buffer)
+            common = before
+            met += 1
+        for refinement in moment.known.refinements.values():
+            assert refinement.common is moment.known.common, "no cluster stays behind"
+    assert met
 
 
 def test_warm_up_traffic_is_not_scored_and_shares_no_document(unseen: Group, plan: Plan) -> None:
@@ -183,25 +178,6 @@ def test_a_random_partition_has_clusters_of_equal_sizes(
     other = plan_stream(plan.arrivals, random_bundle.snapshot, cheap.stream, labels)
     assert [moment.cluster for moment in other.moments] == labels
     assert any(moment.refinement for moment in other.moments)
-
-
-def test_what_a_random_cluster_borrows_follows_the_seed(
-    plan: Plan, random_bundle: Bundle, cheap: EvaluateSettings
-) -> None:
-    labels = random_labels(plan, 0)
-    first, again, other = (
-        [
-            moment.refinement.prompts
-            for moment in plan_stream(
-                plan.arrivals, random_bundle.snapshot, cheap.stream, labels, seed
-            ).moments
-            if moment.refinement
-        ]
-        for seed in (0, 0, 1)
-    )
-    assert first == again
-    assert first != other
-    assert len(first) == len(other)
 
 
 def test_less_support_means_an_earlier_refinement(plan: Plan) -> None:

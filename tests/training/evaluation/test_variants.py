@@ -61,7 +61,8 @@ def test_merging_one_cluster_gives_the_update_that_is_served(
     )
     bundle = dataclasses.replace(random_bundle, snapshot=centred)
     scores = Scores(base, Store(tmp_path), 1, Work())
-    refinery = Refinery(bundle, quick_settings.refine, scores, 0)
+    common = quick_settings.stream.common.refine
+    refinery = Refinery(bundle, quick_settings.refine, common, scores, 0)
     one = quick_settings.model_copy(update={"merge_nearest": 1})
     updates = SnapshotUpdates(refinery, windows, embeddings, one)
     for index in range(len(windows)):
@@ -76,7 +77,7 @@ def _led(tokens: Sequence[int]) -> Window:
 def test_a_prompt_of_earlier_contexts_begins_as_any_other_and_only_once() -> None:
     windows = [_led([10, 11, 12, 13]), _led([20, 21, 22, 23]), _led([30, 31, 32, 33])]
     plan = Plan(Arrivals(windows, np.zeros((3, 2), np.float32), np.arange(3)), [])
-    known = Published(ClusterSnapshot.empty(2), {7: (0, 1)}, {})
+    known = Published(ClusterSnapshot.empty(2), {7: (0, 1)}, {}, None)
     found = Prompter(6, (5,)).prompt(windows[2], plan, Moment(2, known, 7, 1.0))
     assert found.tokens.tolist() == [0, 10, 11, 5, 20, 21, 5, 30, 31, 32, 33]
     assert found.targets.tolist() == [32, 33]
@@ -87,11 +88,13 @@ def test_each_piece_of_a_documents_own_context_begins_as_a_prompt(
     base: FrozenBase, random_bundle: Bundle, tmp_path: Path
 ) -> None:
     class Noting(Refinery):
-        def refine(self, contexts: Sequence[np.ndarray], start: Update) -> Update:
+        def refine(
+            self, contexts: Sequence[np.ndarray], start: Update, config: RefineConfig
+        ) -> Update:
             self.contexts = [context.tolist() for context in contexts]
             return start
 
     config = RefineConfig(min_prompts=2)
-    refinery = Noting(random_bundle, config, Scores(base, Store(tmp_path), 1, Work()), 0)
+    refinery = Noting(random_bundle, config, config, Scores(base, Store(tmp_path), 1, Work()), 0)
     refinery.own(_led([10, 11, 12, 13, 14, 15]))
     assert refinery.contexts == [[0, 10, 11], [0, 12, 13]]
