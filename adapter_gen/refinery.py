@@ -192,10 +192,12 @@ class ClusterRefinery:
             return
         kept.prompts.append(prompt)
         kept.fresh += 1
-        tenant.prompts[prompt.tobytes()] = prompt
-        tenant.fresh += 1
-        if len(tenant.prompts) > config.common.buffer:
-            tenant.prompts.popitem(last=False)
+        content = prompt.tobytes()
+        if content not in tenant.prompts:
+            tenant.prompts[content] = prompt
+            tenant.fresh += 1
+            if len(tenant.prompts) > config.common.buffer:
+                tenant.prompts.popitem(last=False)
 
     def held(self) -> list[Place]:
         """Places whose refinements are of use."""
@@ -204,21 +206,26 @@ class ClusterRefinery:
     def due(self) -> Place | None:
         """What is to be refined next; None if nothing is.
 
-        First a tenant, since its clusters start from what it has in common; then a cluster that
-        was made before that was known; then the cluster with most new prompts.
+        First clusters that were made before what is common to their tenant was known, those used
+        last before others: else busy tenants would be refined again and again, and no cluster would
+        get any of it. Then the tenant, then the cluster with most new prompts.
         """
-        common, config = self._config.common, self._config
-        for namespace, tenant in self._tenants.items():
-            if tenant.fresh >= max(common.every, min(tenant.learned, common.buffer)):
-                return namespace, COMMON
-        for place, kept in self._clusters.items():
+        for place, kept in reversed(self._clusters.items()):
             if kept.begun is not self._tenants[place[0]].common:
                 return place
-        found = [
+        every, buffer = self._config.common.every, self._config.common.buffer
+        tenants = [
+            (tenant.fresh, (namespace, COMMON))
+            for namespace, tenant in self._tenants.items()
+            if tenant.fresh >= max(every, min(tenant.learned, buffer))
+        ]
+        every, buffer = self._config.every, self._config.buffer
+        clusters = [
             (kept.fresh, place)
             for place, kept in self._clusters.items()
-            if kept.fresh >= max(config.every, min(kept.learned, config.buffer))
+            if kept.fresh >= max(every, min(kept.learned, buffer))
         ]
+        found = tenants or clusters
         return max(found)[1] if found else None
 
     def refine(self, place: Place) -> Updates:

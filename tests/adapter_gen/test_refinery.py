@@ -125,16 +125,29 @@ def test_each_refinement_starts_from_what_is_generated() -> None:
 
 def test_what_is_common_comes_first_and_clusters_start_from_it() -> None:
     tenant = Tenant()
-    tenant.offer(1, 9)
     tenant.offer(2, 3)
-    assert tenant.work() == [
-        (ALL, {ALL: 1.0}),
-        (OWN, {OWN: 2.0}),
-        (("tenant", 2), {("tenant", 2): 1.0}),
-    ]
+    tenant.offer(1, 9)
+    two = ("tenant", 2)
+    assert tenant.work() == [(ALL, {ALL: 1.0}), (OWN, {OWN: 2.0}), (two, {two: 1.0})]
     [(learned, start)] = tenant.common.calls
     assert (learned, start) == (list(range(1, 13)), 0.0)
-    assert tenant.clusters.calls == [(list(range(1, 10)), 1.0)]
+    assert tenant.clusters.calls == [(list(range(4, 13)), 1.0)]
+
+
+def test_clusters_get_what_is_common_before_it_is_learned_anew() -> None:
+    tenant = Tenant()
+    tenant.offer(1, 12)
+    tenant.refinery.refine(ALL)
+    tenant.offer(1, 20)
+    assert [place for place, _ in tenant.work()] == [OWN, ALL, OWN]
+
+
+def test_a_prompt_of_two_clusters_teaches_what_is_common_once() -> None:
+    tenant = Tenant()
+    for cluster in (1, 2):
+        for token in range(7):
+            tenant.refinery.offer(offered(cluster, token))
+    assert tenant.refinery.due() is None, "7 of 12"
 
 
 def test_what_is_common_goes_on_from_where_it_was_with_the_latest_prompts() -> None:
