@@ -19,6 +19,7 @@ from lm_workers.layers.linear import (
     RowUpdate,
     weight_of,
 )
+from lm_workers.layers.stack import DecoderStack
 
 
 def install(
@@ -30,6 +31,8 @@ def install(
 ) -> None:
     """Replace the decoder layers of families we know, and the linear layers of any other.
 
+    A model that has no other layers becomes one `DecoderStack`.
+
     Raises:
         ModelError: the update names a layer that the model has not, or has in another size.
         DeltaError: the update's bases do not fit its spec.
@@ -39,6 +42,10 @@ def install(
         installer.replace_layer(name)
     for name in _names(model, lambda module: isinstance(module, nn.Linear | Conv1D)):
         installer.replace_linear(name)
+    layers = getattr(model.base_model, "layers", ())
+    if layers and all(isinstance(layer, DecoderLayer) for layer in layers):
+        stack = DecoderStack(layers, rows, taped=layout.taped and kernels.taped)
+        model.base_model.layers = nn.ModuleList([stack])
 
 
 class Installer:

@@ -47,10 +47,12 @@ class Kernels(Protocol):
         late_rank: the largest rank of updates that are left to what reads the outputs; 0 for none.
         most_context: tokens of context that a step of rows which decode may read, all together, to
             be worth recording; None for any number.
+        taped: whether all that they do, but for `argmax`, is noted by a `Tape`.
     """
 
     late_rank: ClassVar[int]
     most_context: ClassVar[int | None]
+    taped: ClassVar[bool]
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """x [T, d] -> [T, d]."""

@@ -26,11 +26,13 @@ class Product(ABC):
         min_rows: fewest rows that are summed in the same order as any other number of rows.
         widens: whether it also takes weights of a narrower dtype than it computes in.
         stacks: whether the V of updates cost least below the weights that read the same input.
+        taped: whether a `Tape` notes it.
     """
 
     min_rows: ClassVar[int]
     widens: ClassVar[bool] = False
     stacks: ClassVar[bool] = True
+    taped: ClassVar[bool] = False
 
     @abstractmethod
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None: ...

@@ -7,6 +7,7 @@
 
 #include "attention.h"
 #include "vectors.h"
+#include "words.h"
 
 namespace {
 
@@ -136,10 +137,6 @@ void each_row(const Late& late, T* x, int64_t stride, int64_t rows, int64_t few,
   }
 }
 
-}  // namespace
-
-extern "C" {
-
 // residual += x, updated before.
 void add(T* residual, T* x, int64_t stride, int64_t rows, int64_t size, const Update* update,
          const int64_t* slots, const T* low, int64_t low_stride, int64_t threads) {
@@ -252,4 +249,12 @@ void attend(const T* query, int64_t stride, const T* keys, const T* values, T* o
   }
 }
 
-}  // extern "C"
+}  // namespace
+
+CALLED(add)
+CALLED(rms_norm)
+CALLED(rotate_and_store)
+CALLED(silu_mul)
+CALLED(argmax)
+CALLED(update)
+CALLED(attend)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from typing import Any, ClassVar
+from typing import ClassVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -12,11 +12,12 @@ from lm_workers.adapters import UpdateTargets
 from lm_workers.layers.compiler import compile_library
 from lm_workers.layers.kernels import HeadNorms, LateUpdate
 from lm_workers.layers.paged import PagedStep
+from lm_workers.layers.tape import Function, empty
 
 NATIVE_DTYPES = {torch.float32: "FLOAT32", torch.bfloat16: "BFLOAT16"}
 """Types that the source compiles for, and the macro that selects each."""
 
-# p: pointer or None, i: int64, f: float; in the order of native.cpp.
+# Letters of `Function`, in the order of native.cpp.
 _LATE = "pppi"
 _SIGNATURES = {
     "add": f"ppiii{_LATE}i",
@@ -27,8 +28,8 @@ _SIGNATURES = {
     "update": f"pii{_LATE}i",
     "attend": "pippppipiiiiiifi",
 }
-_TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
-_NOTHING = (None, None, None, 0)
+_NULL = 0
+_NOTHING = (_NULL, _NULL, _NULL, 0)
 
 
 class _Update(ctypes.Structure):
@@ -57,27 +58,27 @@ class NativeKernels:
 
     late_rank: ClassVar[int] = 2**31
     most_context: ClassVar[int | None] = None
+    taped: ClassVar[bool] = True
 
     def __init__(self, dtype: torch.dtype, threads: int) -> None:
         library = compile_library("native.cpp", NATIVE_DTYPES[dtype])
-        for name, signature in _SIGNATURES.items():
-            function = getattr(library, name)
-            function.argtypes = [_TYPES[letter] for letter in signature]
-            function.restype = None
-        self._add = library.add
-        self._rms_norm = library.rms_norm
-        self._rotate_and_store = library.rotate_and_store
-        self._silu_mul = library.silu_mul
-        self._argmax = library.argmax
-        self._update = library.update
-        self._attend = library.attend
+        functions = {
+            name: Function(library, name, signature) for name, signature in _SIGNATURES.items()
+        }
+        self._add = functions["add"]
+        self._rms_norm = functions["rms_norm"]
+        self._rotate_and_store = functions["rotate_and_store"]
+        self._silu_mul = functions["silu_mul"]
+        self._argmax = functions["argmax"]
+        self._update = functions["update"]
+        self._attend = functions["attend"]
         self._threads = threads
-        self._updates: WeakKeyDictionary[UpdateTargets, tuple[torch.Tensor, Any]]
+        self._updates: WeakKeyDictionary[UpdateTargets, tuple[torch.Tensor, _Update]]
         self._updates = WeakKeyDictionary()
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """See `Kernels`."""
-        return self._norm(None, x, weight, eps, None)
+        return self._norm(_NULL, x, weight, eps, None)
 
     def add(self, residual: torch.Tensor, x: torch.Tensor, late: LateUpdate | None) -> None:
         """See `Kernels`."""
@@ -100,14 +101,14 @@ class NativeKernels:
 
     def _norm(
         self,
-        residual: int | None,
+        residual: int,
         x: torch.Tensor,
         weight: torch.Tensor,
         eps: float,
         late: LateUpdate | None,
     ) -> torch.Tensor:
         rows, size = x.shape
-        out = x.new_empty(rows, size)
+        out = empty(x, rows, size)
         self._rms_norm(
             residual, x.data_ptr(), x.stride(0), weight.data_ptr(), eps,
             rows, size, out.data_ptr(), *self._late(late), self._threads,
@@ -128,7 +129,7 @@ class NativeKernels:
         _, kv_heads, size = keys.shape
         rows, stride = len(qkv), qkv.stride(0)
         heads = qkv.shape[1] // size - 2 * kv_heads
-        query_norm, key_norm, eps = None, None, 0.0
+        query_norm, key_norm, eps = _NULL, _NULL, 0.0
         if norms is not None:
             query_norm, key_norm, eps = norms.query.data_ptr(), norms.key.data_ptr(), norms.eps
         self._rotate_and_store(
@@ -152,7 +153,7 @@ class NativeKernels:
         if query.stride() != (query.stride(0), size, 1):
             query = query.contiguous()
         keys, values = paged.cache.keys[layer], paged.cache.values[layer]
-        out = query.new_empty(rows, heads, size)
+        out = empty(query, rows, heads, size)
         self._attend(
             query.data_ptr(), query.stride(0), keys.data_ptr(), values.data_ptr(), out.data_ptr(),
             paged.spans.data_ptr(), len(paged.spans), paged.tables.data_ptr(),
@@ -164,7 +165,7 @@ class NativeKernels:
     def silu_mul(self, gate_up: torch.Tensor, late: LateUpdate | None = None) -> torch.Tensor:
         """See `Kernels`."""
         rows, size = len(gate_up), gate_up.shape[1] // 2
-        out = gate_up.new_empty(rows, size)
+        out = empty(gate_up, rows, size)
         self._silu_mul(
             gate_up.data_ptr(), gate_up.stride(0), out.data_ptr(), rows, size,
             *self._late(late), self._threads,
@@ -182,25 +183,25 @@ class NativeKernels:
         """See `Kernels`."""
         self._update(y.data_ptr(), y.stride(0), len(y), *self._late(late), self._threads)
 
-    def _late(self, late: LateUpdate | None) -> tuple[Any, int | None, int | None, int]:
+    def _late(self, late: LateUpdate | None) -> tuple[int, int, int, int]:
         """An update as the functions take it."""
         if late is None:
             return _NOTHING
-        cores, found = self._updates.get(late.targets, _UNKNOWN)
-        if cores is not late.cores:
-            found = self._lay_out(late)
-        return found, late.slots.data_ptr(), late.low.data_ptr(), late.low.stride(0)
+        cores, numbers = self._updates.get(late.targets, _UNKNOWN)
+        if numbers is None or cores is not late.cores:
+            numbers = self._lay_out(late)
+        at = ctypes.addressof(numbers)
+        return at, late.slots.data_ptr(), late.low.data_ptr(), late.low.stride(0)
 
-    def _lay_out(self, late: LateUpdate) -> Any:
+    def _lay_out(self, late: LateUpdate) -> _Update:
         """Note where an update's fixed parts are. They stay alive as long as it."""
         targets, (_, sites, rank, _) = late.targets, late.cores.shape
         numbers = _Update(
             late.cores.data_ptr(), sites, targets.pieces.data_ptr(), targets.targets.data_ptr(),
             len(targets.targets), rank,
         )  # fmt: skip
-        found = ctypes.byref(numbers)
-        self._updates[targets] = late.cores, found
-        return found
+        self._updates[targets] = late.cores, numbers
+        return numbers
 
 
 _UNKNOWN = (None, None)

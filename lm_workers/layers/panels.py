@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import ctypes
 from abc import abstractmethod
-from collections.abc import Callable
 from functools import cache
 
 import torch
 
 from lm_workers.layers.compiler import compile_library
 from lm_workers.layers.linear import Product
+from lm_workers.layers.tape import Function, empty
 
 _POINTER, _INT = ctypes.c_void_p, ctypes.c_int64
+_SIGNATURE = "pipppiiiii"
+"""Of products, for `Function`."""
 _PART = 4096
 """Rows of a weight that are widened at a time; whole panels."""
 
@@ -21,17 +23,18 @@ class _Panels(Product):
     """What both have in common. The result of a row does not depend on the others."""
 
     min_rows = 1
+    taped = True
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         self._outputs, self._inputs = weight.shape
         self._threads = torch.get_num_threads()
         self._bias = bias
-        self._bias_at = None if bias is None else bias.data_ptr()
+        self._bias_at = 0 if bias is None else bias.data_ptr()
         self._panels, self._product = self._lay_out(weight)
         self._panels_at = self._panels.data_ptr()
 
     @abstractmethod
-    def _lay_out(self, weight: torch.Tensor) -> tuple[torch.Tensor, Callable[..., None]]:
+    def _lay_out(self, weight: torch.Tensor) -> tuple[torch.Tensor, Function]:
         """The panels, and the function that multiplies with them."""
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -39,7 +42,7 @@ class _Panels(Product):
         if x.stride(1) != 1:
             x = x.contiguous()
         rows = len(x)
-        y = x.new_empty(rows, self._outputs)
+        y = empty(x, rows, self._outputs)
         self._product(
             x.data_ptr(), x.stride(0), self._panels_at, self._bias_at, y.data_ptr(),
             self._outputs, rows, self._inputs, self._outputs, self._threads,
@@ -64,7 +67,7 @@ class PanelProduct(_Panels):
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         super().__init__(weight, None if bias is None else bias.float().contiguous())
 
-    def _lay_out(self, weight: torch.Tensor) -> tuple[torch.Tensor, Callable[..., None]]:
+    def _lay_out(self, weight: torch.Tensor) -> tuple[torch.Tensor, Function]:
         library, halves = load_floats(), int(is_bfloat16(weight))
         size = library.panels_size(self._outputs, self._inputs, halves)
         panels = torch.zeros(size, dtype=torch.float32)
@@ -75,7 +78,8 @@ class PanelProduct(_Panels):
                 wide.data_ptr(), *wide.stride(), len(wide), self._inputs, halves, at, self._threads
             )
             at += 4 * library.panels_size(len(wide), self._inputs, halves)
-        return panels, library.product_of_halves if halves else library.product_of_floats
+        name = "product_of_halves" if halves else "product_of_floats"
+        return panels, Function(library, name, _SIGNATURE)
 
 
 class PairProduct(_Panels):
@@ -86,7 +90,7 @@ class PairProduct(_Panels):
         CompileError: the CPU has no such instruction, or no compiler takes the source.
     """
 
-    def _lay_out(self, weight: torch.Tensor) -> tuple[torch.Tensor, Callable[..., None]]:
+    def _lay_out(self, weight: torch.Tensor) -> tuple[torch.Tensor, Function]:
         library = load_pairs()
         size = library.panels_size(self._outputs, self._inputs)
         panels = torch.zeros(size, dtype=torch.int32)
@@ -94,7 +98,7 @@ class PairProduct(_Panels):
             weight.data_ptr(), *weight.stride(), self._outputs, self._inputs,
             panels.data_ptr(), self._threads,
         )  # fmt: skip
-        return panels, library.product
+        return panels, Function(library, "product", _SIGNATURE)
 
 
 def is_bfloat16(weight: torch.Tensor) -> bool:
@@ -108,7 +112,7 @@ def is_bfloat16(weight: torch.Tensor) -> bool:
 def load_floats() -> ctypes.CDLL:
     """The functions for float32. Raises CompileError where there is no compiler."""
     library = compile_library("product.cpp", "FLOAT32")
-    _declare(library, 1, "product_of_halves", "product_of_floats")
+    _declare(library, 1)
     return library
 
 
@@ -116,17 +120,13 @@ def load_floats() -> ctypes.CDLL:
 def load_pairs() -> ctypes.CDLL:
     """The functions for bfloat16. Raises CompileError where they cannot run."""
     library = compile_library("product_bf16.cpp", "BFLOAT16")
-    _declare(library, 0, "product")
+    _declare(library, 0)
     return library
 
 
-def _declare(library: ctypes.CDLL, forms: int, *products: str) -> None:
+def _declare(library: ctypes.CDLL, forms: int) -> None:
     """Tell ctypes the arguments. `forms` is 1 where panels come in two forms."""
     library.panels_size.argtypes = [_INT] * (2 + forms)
     library.panels_size.restype = _INT
     library.lay_out.argtypes = [_POINTER, *[_INT] * (4 + forms), _POINTER, _INT]
     library.lay_out.restype = None
-    for name in products:
-        function = getattr(library, name)
-        function.argtypes = [_POINTER, _INT, _POINTER, _POINTER, _POINTER, *[_INT] * 5]
-        function.restype = None

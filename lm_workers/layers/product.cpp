@@ -9,6 +9,7 @@
 #include <algorithm>
 
 #include "vectors.h"
+#include "words.h"
 
 namespace {
 
@@ -110,7 +111,22 @@ struct Product {
   }
 };
 
+void product_of_floats(const float* x, int64_t x_stride, const float* panels, const float* bias,
+                       float* y, int64_t y_stride, int64_t rows, int64_t inputs, int64_t outputs,
+                       int64_t threads) {
+  Product{x, panels, bias, y, x_stride, y_stride, rows, inputs, outputs}.run<Floats>(threads);
+}
+
+void product_of_halves(const float* x, int64_t x_stride, const float* panels, const float* bias,
+                       float* y, int64_t y_stride, int64_t rows, int64_t inputs, int64_t outputs,
+                       int64_t threads) {
+  Product{x, panels, bias, y, x_stride, y_stride, rows, inputs, outputs}.run<Halves>(threads);
+}
+
 }  // namespace
+
+CALLED(product_of_floats)
+CALLED(product_of_halves)
 
 extern "C" {
 
@@ -138,18 +154,6 @@ void lay_out(const float* weight, int64_t stride, int64_t step, int64_t outputs,
       word |= column < W ? bits >> 16 : bits & 0xffff0000u;
       std::memcpy(place, &word, sizeof word);
     }
-}
-
-void product_of_floats(const float* x, int64_t x_stride, const float* panels, const float* bias,
-                       float* y, int64_t y_stride, int64_t rows, int64_t inputs, int64_t outputs,
-                       int64_t threads) {
-  Product{x, panels, bias, y, x_stride, y_stride, rows, inputs, outputs}.run<Floats>(threads);
-}
-
-void product_of_halves(const float* x, int64_t x_stride, const float* panels, const float* bias,
-                       float* y, int64_t y_stride, int64_t rows, int64_t inputs, int64_t outputs,
-                       int64_t threads) {
-  Product{x, panels, bias, y, x_stride, y_stride, rows, inputs, outputs}.run<Halves>(threads);
 }
 
 }  // extern "C"

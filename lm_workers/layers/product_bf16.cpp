@@ -9,6 +9,7 @@
 #include <algorithm>
 
 #include "vectors.h"
+#include "words.h"
 
 #ifndef __AVX512BF16__
 #error "this CPU has no dot products of bfloat16 numbers (AVX-512 BF16)"
@@ -140,7 +141,14 @@ struct Product {
   }
 };
 
+void product(const T* x, int64_t x_stride, const uint32_t* panels, const T* bias, T* y,
+             int64_t y_stride, int64_t rows, int64_t inputs, int64_t outputs, int64_t threads) {
+  Product{x, panels, bias, y, x_stride, y_stride, rows, inputs, outputs}.run(threads);
+}
+
 }  // namespace
+
+CALLED(product)
 
 extern "C" {
 
@@ -159,11 +167,6 @@ void lay_out(const T* weight, int64_t stride, int64_t step, int64_t outputs, int
       int64_t word = (column / COLUMNS * pairs + k / 2) * COLUMNS + column % COLUMNS;
       ((T*)(panels + word))[k % 2] = weight[column * stride + k * step];
     }
-}
-
-void product(const T* x, int64_t x_stride, const uint32_t* panels, const T* bias, T* y,
-             int64_t y_stride, int64_t rows, int64_t inputs, int64_t outputs, int64_t threads) {
-  Product{x, panels, bias, y, x_stride, y_stride, rows, inputs, outputs}.run(threads);
 }
 
 }  // extern "C"

@@ -29,6 +29,7 @@ class ReferenceKernels:
 
     late_rank: ClassVar[int] = 0
     most_context: ClassVar[int | None] = _MOST_SLOTS
+    taped: ClassVar[bool] = False
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """See `Kernels`."""
