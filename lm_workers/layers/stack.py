@@ -1,4 +1,4 @@
-"""All decoder layers of a model as one: decoding steps like one before are played from its tape."""
+"""All decoder layers of a model as one: a small step like one before is played from its tape."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from torch import nn
 from lm_workers.adapters import RowSlots
 from lm_workers.layers.decoder import DecoderLayer
 from lm_workers.layers.paged import PagedStep
-from lm_workers.layers.tape import Tape
+from lm_workers.layers.tape import Memory, Tape
 
 _MOST_TAPES = 128
+_MOST_ROWS = 64
+"""Of a step that is worth a tape: in one of more, Python's part is small."""
 _FEWEST_BLOCKS = 16
 
 Rotary = tuple[torch.Tensor, torch.Tensor]
@@ -25,12 +27,14 @@ class Shape(NamedTuple):
     """What must be alike for one step to be another's again.
 
     Attributes:
-        rows: that are decoded, each of a sequence of its own.
+        rows: tokens.
+        spans: sequences that they are of.
         blocks: room for those of each sequence.
         adapted: whether updates are applied.
     """
 
     rows: int
+    spans: int
     blocks: int
     adapted: bool
 
@@ -49,6 +53,7 @@ class DecoderStack(nn.Module):
         self.layers = nn.ModuleList(layers)
         self._rows, self._taped = rows, taped
         self._steps: OrderedDict[Shape, TapedStep] = OrderedDict()
+        self._memory = Memory(_MOST_ROWS)
 
     def forward(
         self,
@@ -64,17 +69,18 @@ class DecoderStack(nn.Module):
             position_embeddings: cosines and sines, each [1, T, head_dim].
             paged: the step.
         """
-        if not self._taped or hidden_states.shape[1] != len(paged.spans):
+        rows, slots = hidden_states.shape[1], self._rows.tokens
+        if not self._taped or rows > _MOST_ROWS:
             return run_layers(self.layers, hidden_states, position_embeddings, paged)
-        slots = self._rows.tokens
-        shape = _shape(paged, slots)
+        shape = _shape(rows, paged, slots)
         if shape in self._steps:
             self._steps.move_to_end(shape)
             step = self._steps[shape]
             step.fill(hidden_states, position_embeddings, paged, slots)
             step.tape.play()
             return step.hidden
-        step = TapedStep(shape, hidden_states, position_embeddings, paged, slots)
+        tape = Tape(self._memory)
+        step = TapedStep(tape, shape, hidden_states, position_embeddings, paged, slots)
         self._rows.tokens = step.slots
         try:
             step.record(self.layers)
@@ -97,13 +103,14 @@ class TapedStep:
 
     def __init__(
         self,
+        tape: Tape,
         shape: Shape,
         hidden: torch.Tensor,
         rotary: Rotary,
         paged: PagedStep,
         slots: torch.Tensor | None,
     ) -> None:
-        self.tape = Tape()
+        self.tape = tape
         self.hidden = _like(hidden)
         self.slots = None if slots is None else _like(slots)
         self._rotary = _like(rotary[0]), _like(rotary[1])
@@ -112,7 +119,7 @@ class TapedStep:
             write_slots=_like(paged.write_slots),
             spans=_like(paged.spans),
             lengths=_like(paged.lengths),
-            tables=torch.zeros(shape.rows, shape.blocks, dtype=torch.int64),
+            tables=torch.zeros(shape.spans, shape.blocks, dtype=torch.int64),
         )
         self.fill(hidden, rotary, paged, slots)
 
@@ -157,7 +164,7 @@ def _like(tensor: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
 
-def _shape(paged: PagedStep, slots: torch.Tensor | None) -> Shape:
-    rows, blocks = paged.tables.shape
+def _shape(rows: int, paged: PagedStep, slots: torch.Tensor | None) -> Shape:
+    spans, blocks = paged.tables.shape
     room = max(_FEWEST_BLOCKS, 1 << (blocks - 1).bit_length())
-    return Shape(rows, room, slots is not None)
+    return Shape(rows, spans, room, slots is not None)

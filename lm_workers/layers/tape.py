@@ -50,12 +50,39 @@ class Function:
             _thread.tape.note(self, words)
 
 
-class Tape:
-    """Calls of one thread, and the memory of their results."""
+class Memory:
+    """Results of calls, where the calls of other tapes have theirs: one tape runs at a time.
 
-    def __init__(self) -> None:
+    Args:
+        rows: the most that a result has.
+    """
+
+    def __init__(self, rows: int) -> None:
+        self._rows = rows
+        self._parts: dict[tuple[int, tuple[int, ...], torch.dtype], torch.Tensor] = {}
+
+    def part(self, number: int, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
+        """The result with this number."""
+        key = number, shape[1:], like.dtype
+        if key not in self._parts:
+            self._parts[key] = like.new_empty(self._rows, *shape[1:])
+        return self._parts[key][: shape[0]]
+
+    def __len__(self) -> int:
+        """How many results there is room for."""
+        return len(self._parts)
+
+
+class Tape:
+    """Calls of one thread.
+
+    Args:
+        memory: of their results.
+    """
+
+    def __init__(self, memory: Memory) -> None:
+        self._memory = memory
         self._noted: list[bytes] = []
-        self._memory: dict[tuple[int, tuple[int, ...], torch.dtype], torch.Tensor] = {}
         self._next = 0
 
     @contextmanager
@@ -79,12 +106,9 @@ class Tape:
         self._next = 0
 
     def empty(self, like: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-        """Memory for a result, which stays."""
-        key = self._next, shape, like.dtype
+        """Memory for a result."""
         self._next += 1
-        if key not in self._memory:
-            self._memory[key] = like.new_empty(shape)
-        return self._memory[key]
+        return self._memory.part(self._next, shape, like)
 
     def play(self) -> None:
         """Make all calls again."""

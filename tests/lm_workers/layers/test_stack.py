@@ -16,7 +16,7 @@ from lm_workers.config import EngineConfig
 from lm_workers.engine import Engine
 from lm_workers.layers.native import NativeKernels
 from lm_workers.layers.stack import DecoderStack
-from lm_workers.layers.tape import Tape
+from lm_workers.layers.tape import Memory, Tape
 
 CONFIG = EngineConfig(
     dtype="float32",
@@ -67,12 +67,15 @@ def test_played_steps_give_the_tokens_of_computed_ones(
     assert answers(engine, mixed([None])) != found
 
 
-def test_steps_that_also_read_prompts_are_computed(
-    cxx: str, tiny_llama: Path, played: list[Tape]
+def test_large_steps_are_computed(
+    cxx: str, tiny_llama: Path, played: list[Tape], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("lm_workers.layers.stack._MOST_ROWS", 1)
     engine = build_engine(tiny_llama, CONFIG)
-    answers(engine, [(request(prompt, max_tokens=1), None) for prompt in prompts(4)])
+    asked = [request(range(2, 22), max_tokens=9, ignore_eos=True) for _ in range(3)]
+    found = answers(engine, [(one, None) for one in asked])
     assert not played
+    assert found[0] == found[1] == found[2]
 
 
 def test_the_tapes_of_shapes_not_seen_for_long_are_dropped(
@@ -89,9 +92,9 @@ def test_the_tapes_of_shapes_not_seen_for_long_are_dropped(
 def test_layers_share_the_memory_of_their_results(cxx: str, tiny_llama: Path) -> None:
     engine = build_engine(tiny_llama, CONFIG)
     answers(engine, [(request(prompts(1)[0]), None)])
-    step = list(stack_of(engine)._steps.values())[-1]
+    assert len(stack_of(engine)._steps) > 2
     # Norm, queries with keys and values, attention, output, norm, gate and up, their product, down.
-    assert len(step.tape._memory) == 8
+    assert len(stack_of(engine)._memory) == 8
 
 
 def test_a_step_that_fails_while_it_is_noted_leaves_nothing_behind(
@@ -119,7 +122,7 @@ def test_a_step_that_fails_while_it_is_noted_leaves_nothing_behind(
 def test_a_tape_notes_the_calls_of_its_own_thread_alone(cxx: str) -> None:
     kernels, weight = NativeKernels(torch.float32, threads=1), torch.ones(8)
     mine, other = (normal(2, 8, dtype=torch.float32, seed=seed) for seed in (1, 2))
-    tape = Tape()
+    tape = Tape(Memory(2))
     with tape.recording():
         beside = threading.Thread(target=kernels.rms_norm, args=(other, weight, 1e-5))
         beside.start()
