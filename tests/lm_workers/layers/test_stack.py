@@ -79,14 +79,14 @@ def test_large_steps_are_computed(
 
 
 def test_the_tapes_of_shapes_not_seen_for_long_are_dropped(
-    cxx: str, tiny_llama: Path, played: list[Tape], monkeypatch: pytest.MonkeyPatch
+    cxx: str, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("lm_workers.layers.stack._MOST_TAPES", 2)
     engine = build_engine(tiny_llama, CONFIG)
-    answers(engine, mixed([None]))
-    steps = stack_of(engine)._steps
-    assert len(steps) == 2
-    assert list(steps.values())[-1].tape is played[-1], "the one used last is kept"
+    for rows in (1, 2, 1, 3):
+        one = [request([5 + row], max_tokens=3, ignore_eos=True) for row in range(rows)]
+        answers(engine, [(asked, None) for asked in one])
+    assert [shape.rows for shape in stack_of(engine)._steps] == [1, 3]
 
 
 def test_layers_share_the_memory_of_their_results(cxx: str, tiny_llama: Path) -> None:
