@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from traffic_cases import answers, mixed, prompts, request, update_of
+from traffic_cases import CONFIG, answers, mixed, prompts, request, update_of
 
 from adapter_gen.update import Depth
 from lm_workers import build
@@ -23,17 +23,6 @@ from lm_workers.graphs import Bucket, Decoded, Repeat, choose_bucket
 from lm_workers.layers.head import AdaptedHead
 from lm_workers.layers.reference import ReferenceKernels
 from lm_workers.sequence import Span
-
-CONFIG = EngineConfig(
-    dtype="float32",
-    max_sequences=4,
-    max_batch_tokens=64,
-    block_size=4,
-    kv_cache_tokens=1024,
-    cpu_threads=1,
-    kernels="reference",
-    linear="plain",
-)
 
 WAITING = ("aten::item", "aten::_local_scalar_dense", "aten::is_nonzero", "aten::nonzero")
 """Operations whose result Python must wait for."""

@@ -9,25 +9,15 @@ from typing import Any
 import pytest
 import torch
 from layer_cases import normal
-from traffic_cases import answers, mixed, prompts, request, update_of
+from traffic_cases import CONFIG, answers, mixed, prompts, request, update_of
 
 from lm_workers.build import build_engine
-from lm_workers.config import EngineConfig
 from lm_workers.engine import Engine
 from lm_workers.layers.native import NativeKernels
 from lm_workers.layers.stack import DecoderStack
 from lm_workers.layers.tape import Memory, Tape
 
-CONFIG = EngineConfig(
-    dtype="float32",
-    max_sequences=4,
-    max_batch_tokens=64,
-    block_size=4,
-    kv_cache_tokens=1024,
-    cpu_threads=1,
-    kernels="native",
-    linear="packed",
-)
+NATIVE = CONFIG.model_copy(update={"kernels": "native", "linear": "packed"})
 
 
 def stack_of(engine: Engine) -> DecoderStack:
@@ -54,7 +44,7 @@ def test_played_steps_give_the_tokens_of_computed_ones(
     cxx: str, tiny_checkpoints: dict[str, Path], family: str, played: list[Tape]
 ) -> None:
     spec, bases, deltas = update_of(tiny_checkpoints[family])
-    engine = build_engine(tiny_checkpoints[family], CONFIG, (spec, bases))
+    engine = build_engine(tiny_checkpoints[family], NATIVE, (spec, bases))
     asked = mixed(deltas)
     asked += [(request(prompts(1)[0], max_tokens=90, ignore_eos=True), deltas[1])]
     found = answers(engine, asked)
@@ -71,7 +61,7 @@ def test_large_steps_are_computed(
     cxx: str, tiny_llama: Path, played: list[Tape], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("lm_workers.layers.stack._MOST_ROWS", 1)
-    engine = build_engine(tiny_llama, CONFIG)
+    engine = build_engine(tiny_llama, NATIVE)
     asked = [request(range(2, 22), max_tokens=9, ignore_eos=True) for _ in range(3)]
     found = answers(engine, [(one, None) for one in asked])
     assert not played
@@ -82,7 +72,7 @@ def test_the_tapes_of_shapes_not_seen_for_long_are_dropped(
     cxx: str, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("lm_workers.layers.stack._MOST_TAPES", 2)
-    engine = build_engine(tiny_llama, CONFIG)
+    engine = build_engine(tiny_llama, NATIVE)
     for rows in (1, 2, 1, 3):
         one = [request([5 + row], max_tokens=3, ignore_eos=True) for row in range(rows)]
         answers(engine, [(asked, None) for asked in one])
@@ -90,7 +80,7 @@ def test_the_tapes_of_shapes_not_seen_for_long_are_dropped(
 
 
 def test_layers_share_the_memory_of_their_results(cxx: str, tiny_llama: Path) -> None:
-    engine = build_engine(tiny_llama, CONFIG)
+    engine = build_engine(tiny_llama, NATIVE)
     answers(engine, [(request(prompts(1)[0]), None)])
     assert len(stack_of(engine)._steps) > 2
     # Norm, queries with keys and values, attention, output, norm, gate and up, their product, down.
@@ -101,7 +91,7 @@ def test_a_step_that_fails_while_it_is_noted_leaves_nothing_behind(
     cxx: str, tiny_llama: Path, played: list[Tape]
 ) -> None:
     spec, bases, deltas = update_of(tiny_llama)
-    engine = build_engine(tiny_llama, CONFIG, (spec, bases))
+    engine = build_engine(tiny_llama, NATIVE, (spec, bases))
     stack = stack_of(engine)
     last, slots = stack.layers[-1], []
 

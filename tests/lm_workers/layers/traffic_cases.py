@@ -12,9 +12,20 @@ from adapter_gen.apply import init_bases
 from adapter_gen.sites import discover_sites
 from adapter_gen.update import Depth, LoraDelta, SharedBases, UpdateSpec
 from cluster_router.wire.types import AdapterKey, Assignment, SamplingParams, TokenizedRequest
+from lm_workers.config import EngineConfig
 from lm_workers.engine import Engine
 from lm_workers.models import load_causal_lm
 
+CONFIG = EngineConfig(
+    dtype="float32",
+    max_sequences=4,
+    max_batch_tokens=64,
+    block_size=4,
+    kv_cache_tokens=1024,
+    cpu_threads=1,
+    kernels="reference",
+    linear="plain",
+)
 NAMES = (f"r{number}" for number in range(10**9))
 Asked = list[tuple[TokenizedRequest, LoraDelta | None]]
 
