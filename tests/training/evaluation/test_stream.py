@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from adapter_gen.bundle import Bundle
+from adapter_gen.hypernetwork import Generated
+from adapter_gen.refine import RefineConfig
 from cluster_router.embedding import TokenEmbedder
+from cluster_router.wire.types import Conditioning
 from training.base import FrozenBase
 from training.data import Window
 from training.evaluation.evaluator import Measured
 from training.evaluation.groups import Group
+from training.evaluation.refinery import Refinery
+from training.evaluation.scores import Scores, Work
 from training.evaluation.settings import EvaluateSettings
+from training.evaluation.store import Store
 from training.evaluation.stream import NOBODY, Arrivals, Plan, plan_stream, random_labels
-from training.evaluation.stream_variants import Prompter
+from training.evaluation.stream_variants import Prompter, StreamUpdates
+from training.evaluation.updates import Update, digest
 from training.statistics import Array
 
 OF_THE_STREAM = (
@@ -107,6 +114,60 @@ def test_what_is_common_learns_from_earlier_contexts_only(
         for refinement in moment.known.refinements.values():
             assert refinement.common is moment.known.common, "no cluster stays behind"
     assert met
+
+
+class Moving(Refinery):
+    """Moves every core by 1 for what is common, by 100 for a cluster, and calls either a gain."""
+
+    def refine(self, contexts: Sequence[np.ndarray], start: Update, config: RefineConfig) -> Update:
+        assert contexts
+        way = 1.0 if config is self._common_config else 100.0
+
+        def make() -> Generated:
+            first = start.generated()
+            assert first.cores is not None
+            return dataclasses.replace(first, cores=first.cores + way)
+
+        return self.update(digest(start.key, way), make)
+
+    def _gain(self, update: Update) -> float:
+        return 1.0
+
+
+def test_clusters_start_from_what_is_generated_and_what_is_common(
+    base: FrozenBase,
+    random_bundle: Bundle,
+    unseen: Group,
+    plan: Plan,
+    quick_settings: EvaluateSettings,
+    tmp_path: Path,
+) -> None:
+    scores, common = Scores(base, Store(tmp_path), 1, Work()), quick_settings.stream.common.refine
+    refinery = Moving(random_bundle, quick_settings.refine, common, scores, 0)
+    updates = StreamUpdates(refinery, plan, unseen.windows, quick_settings)
+
+    def moved(update: Update, conditioning: Conditioning | None) -> float:
+        cores, generated = update.generated().cores, refinery.generate(conditioning).generated()
+        assert cores is not None and generated.cores is not None
+        way = cores - generated.cores
+        assert float(way.max() - way.min()) < 1e-4
+        return round(float(way.mean()))
+
+    chains = set()
+    for index, moment in enumerate(updates.moments):
+        own, chain = moment.refinement, 0
+        one = moment.known.common
+        while one is not None:
+            one, chain = one.before, chain + 1
+        if own is None:
+            continue
+        assert moved(updates.refined(index), own.conditioning) == 100 + chain
+        assert moved(updates.common(index), moment.conditioning(moment.cluster)) == chain
+        assert refinery.gain(plan, own) == 1 + chain
+        chains.add(chain)
+        updates.moments[index] = dataclasses.replace(moment, cluster=NOBODY)
+        assert updates.common(index).key == refinery.static().key
+    assert 2 in chains
 
 
 def test_warm_up_traffic_is_not_scored_and_shares_no_document(unseen: Group, plan: Plan) -> None:
