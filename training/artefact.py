@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from pydantic import ValidationError
 
 from adapter_gen.bundle import Bundle
 from cluster_router.wire.errors import BundleError
-from training.card import card
+from training.card import EVALUATE_SETTINGS, card
 from training.config import TrainSettings
 
 _FOLDER = "training"
@@ -52,6 +53,9 @@ class Artefact:
             (folder / _FOLDER).mkdir()
             _write_json(folder / _FOLDER / "settings.json", self.settings.model_dump(mode="json"))
             _write_json(folder / _FOLDER / "record.json", self.record)
+            if self.bundle.evaluation is not None:
+                measured = yaml.safe_dump(self.bundle.evaluation["protocol"]["settings"])
+                (folder / EVALUATE_SETTINGS).write_text(measured, encoding="utf-8")
             (folder / "README.md").write_text(self._card(), encoding="utf-8")
             folder.rename(path)
 

@@ -7,7 +7,11 @@ from typing import Any
 
 from adapter_gen.bundle import Bundle
 from training.config import TrainSettings
+from training.evaluation.report import machine
 from training.evaluation.tables import table
+
+EVALUATE_SETTINGS = "training/evaluate.yaml"
+"""File of a bundle: the settings that it was measured with."""
 
 _CARD = """\
 ---
@@ -49,7 +53,7 @@ To make it again (seed {seed}):
 ```
 python -m training train --config training/configs/{depth}.yaml --data <folder> --out <bundle> \\
     --licences training/configs/licences.yaml
-python -m training evaluate --bundle <bundle> --data <folder> --record
+python -m training evaluate --bundle <bundle> --data <folder> --record{evaluate}
 ```
 
 {limits}
@@ -115,13 +119,15 @@ _UNMEASURED = "Not yet measured: run `python -m training evaluate --record` on t
 
 _FIGURES = """\
 Next-token loss in nats per token on the test split, {resamples:,} bootstrap resamples, 95 %
-intervals in brackets ({interval}). `base` is the unadapted model, `static` what all clusters share,
-`hyper` this bundle with each document's own cluster, `shuffled` this bundle with a random other
-cluster. `refined` and `refined_shuffled` are the same after refinement on earlier prompts of the
-stream that the documents arrive in, first on all of them and then on the cluster's own. Gains are
-positive where this bundle is better: over base (base - hyper), net (static - hyper), conditioning
-(shuffled - hyper), and so for refined. All
-variants, baselines and controls are in the report that the command below writes.
+intervals in brackets ({interval}). Measured on {measured}.
+
+`base` is the unadapted model, `static` what all clusters share, `hyper` this bundle with each
+document's own cluster, `shuffled` this bundle with a random other cluster. `refined_common` is the
+same after refinement on all earlier prompts of the stream that the documents arrive in, `refined`
+and `refined_shuffled` after further refinement on the cluster's own. Gains are positive where this
+bundle is better: over base (base - hyper), net (static - hyper), conditioning (shuffled - hyper),
+and so for refined. All variants, baselines and controls are in the report that the command below
+writes.
 
 """
 
@@ -159,6 +165,7 @@ def card(bundle: Bundle, settings: TrainSettings, record: dict[str, Any]) -> str
         data="\n".join(_data(record)),
         notes="".join(_notes(record)),
         figures=_UNMEASURED if bundle.evaluation is None else _figures(bundle.evaluation),
+        evaluate="" if bundle.evaluation is None else _evaluate(bundle.evaluation),
         recipe=_RECIPE[depth].format(**facts).rstrip(),
         limits=_LIMITS[depth].format(**facts).rstrip(),
         **facts,
@@ -195,10 +202,22 @@ def _notes(record: dict[str, Any]) -> Iterator[str]:
             yield f"- `{name}`: {facts['note']}.\n"
 
 
+def _evaluate(evaluation: dict[str, Any]) -> str:
+    """Further options of the command that measures the bundle again."""
+    options = f" \\\n    --settings <bundle>/{EVALUATE_SETTINGS}"
+    if "budget_static" in evaluation["protocol"]["variants"]:
+        options += " --budget <bundle of the whole budget>"
+    return options
+
+
 def _figures(evaluation: dict[str, Any]) -> str:
     protocol = evaluation["protocol"]
-    interval = protocol["interval"].removeprefix("95 %, ")
-    sections = [_FIGURES.format(resamples=protocol["resamples"], interval=interval).rstrip()]
+    text = _FIGURES.format(
+        resamples=protocol["resamples"],
+        interval=protocol["interval"].removeprefix("95 %, "),
+        measured=machine(protocol),
+    )
+    sections = [text.rstrip()]
     for name, heading in _SECTIONS.items():
         if name in evaluation:
             sections.append(f"{heading}\n{table(evaluation[name])}")

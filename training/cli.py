@@ -162,7 +162,8 @@ def seeds(
 
     Prints, for each group of domains, what each variant gains over the static update of its own
     seed, in nats per token: seed by seed, and the mean of the seeds with its 95 % interval (paired
-    bootstrap over domains and documents). Variants that not every evaluation measured on every
+    bootstrap over domains and documents) and its share of the static loss; last, what the own
+    cluster's update gains over another's. Variants that not every evaluation measured on every
     document are left out.
     """
     from training.evaluation.seeds import compare

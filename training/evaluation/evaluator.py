@@ -47,6 +47,8 @@ from training.statistics import Array
 
 _TUNING_DOCUMENTS = 2
 """Warm-up documents of each domain that the caches are tuned on."""
+_OF_CLUSTERS = {"refined", "refined_shuffled", "refined_mean", "refined_noise", "refined_merge"}
+"""Variants that need the refinements of the stream's clusters."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,7 @@ class _Prepared:
     snapshot: SnapshotUpdates
     stream: StreamUpdates | None = None
     plans: list[Plan] = field(default_factory=list)
+    training: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,7 +149,7 @@ class Evaluator:
         """
         prepared = [self._prepare(group) for group in groups]
         self._work.plan(sum(v.tokens for one in prepared for v in one.variants))
-        self._work.plan(sum(self._training(one) for one in prepared))
+        self._work.plan(sum(one.training for one in prepared))
         try:
             return [self._measure(one) for one in prepared]
         finally:
@@ -174,6 +177,8 @@ class Evaluator:
             prepared.plans.append(plan_stream(arrivals, snapshot, stream, labels))
             random = StreamUpdates(self._refinery, prepared.plans[1], windows, settings)
         expensive = last_of_each_domain(plan, windows, settings.expensive_documents)
+        costly = [window for window, chosen in zip(windows, expensive, strict=True) if chosen]
+        prepared.training = self._training(prepared.plans, costly)
         prompter = Prompter.of(self._base, windows, settings)
         setting = StreamSetting(
             updates=prepared.stream,
@@ -225,10 +230,20 @@ class Evaluator:
             variants.append(Cached(name, kind, cases, tuned, self._baselines.static))
         return variants
 
-    def _training(self, prepared: _Prepared) -> int:
-        if not any(name.startswith("refined") for name in self._names):
-            return 0
-        return sum(self._refinery.cost(plan, _refinements(plan)) for plan in prepared.plans)
+    def _training(self, plans: Sequence[Plan], expensive: Sequence[Window]) -> int:
+        """Tokens through the model, about, that refinements for the chosen variants take."""
+        names = set(self._names)
+        tokens = 0
+        if "refined_own" in names:
+            tokens += sum(self._refinery.cost_of_own(window) for window in expensive)
+        wanted = [bool(names & _OF_CLUSTERS), "refined_random" in names]
+        for plan, of_clusters in zip(plans, wanted, strict=False):
+            found = _refinements(plan)
+            if not of_clusters:
+                found = [one for one in found if isinstance(one, Common)]
+            if of_clusters or "refined_common" in names:
+                tokens += self._refinery.cost(plan, found)
+        return tokens
 
     def _measure(self, prepared: _Prepared) -> Measured:
         sums = {variant.name: variant.nats(self._scores) for variant in prepared.variants}

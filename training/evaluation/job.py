@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import platform
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from adapter_gen.update import SharedBases
 from cluster_router.wire.errors import BundleError, SetupError
@@ -72,7 +75,7 @@ class EvaluateJob:
         )
         store = Store(self.cache / "evaluation" / artefact.bundle.hypernetwork_id)
         measured = Evaluator(base, subject, self.settings, store).measure(reader.groups())
-        evaluation = self._figures(measured, subject, settings)
+        evaluation = self._figures(measured, subject, settings, base)
         if twin is not None:
             evaluation["twin"] = twin
         self._write(evaluation, measured)
@@ -97,9 +100,14 @@ class EvaluateJob:
         return other.bundle.bases
 
     def _figures(
-        self, measured: Sequence[Measured], subject: Subject, train: TrainSettings
+        self,
+        measured: Sequence[Measured],
+        subject: Subject,
+        train: TrainSettings,
+        base: FrozenBase,
     ) -> dict[str, Any]:
-        evaluation = {"protocol": self._protocol(measured, subject, train)}
+        protocol = self._protocol(measured, subject, train)
+        evaluation = {"protocol": protocol | {"measured": _measured(base)}}
         for group in measured:
             evaluation[group.name] = self._report(group)
             if group.name == "unseen":
@@ -167,6 +175,18 @@ class EvaluateJob:
             return draw(evaluation, self.out / "plots"), None
         except SetupError as error:
             return [], error.message
+
+
+def _measured(base: FrozenBase) -> dict[str, str]:
+    """Where and when."""
+    head = base.head
+    cpu = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    return {
+        "device": torch.cuda.get_device_name(head.device) if head.is_cuda else cpu,
+        "dtype": str(head.dtype).removeprefix("torch."),
+        "torch": torch.__version__,
+        "date": date.today().isoformat(),
+    }
 
 
 def _part(group: Measured, chosen: Sequence[bool]) -> Measured:

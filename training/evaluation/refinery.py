@@ -103,11 +103,7 @@ class Refinery:
 
     def own(self, window: Window) -> Update:
         """The static update refined on pieces of one document's own context."""
-        count = min(self._config.min_prompts, len(window.content_tokens) // 2)
-        pieces = np.array_split(window.content_tokens, max(1, count))
-        lead = window.tokens[: window.lead]
-        prompts = [np.concatenate([lead, piece]) for piece in pieces]
-        return self.refine(prompts, self.static(), self._config)
+        return self.refine(self._pieces(window), self.static(), self._config)
 
     def gain(self, plan: Plan, refinement: Refinement) -> float:
         """What it, and what was common before it, gained on the contexts that were held back.
@@ -138,6 +134,16 @@ class Refinery:
         return sum(
             self._cost(self._contexts(plan, one), self._config_of(one)) for one in refinements
         )
+
+    def cost_of_own(self, window: Window) -> int:
+        """The same for `own`."""
+        return self._cost(self._pieces(window), self._config)
+
+    def _pieces(self, window: Window) -> list[np.ndarray]:
+        count = min(self._config.min_prompts, len(window.content_tokens) // 2)
+        pieces = np.array_split(window.content_tokens, max(1, count))
+        lead = window.tokens[: window.lead]
+        return [np.concatenate([lead, piece]) for piece in pieces]
 
     def _config_of(self, one: Refinement | Common) -> RefineConfig:
         return self._config if isinstance(one, Refinement) else self._common_config

@@ -36,7 +36,7 @@ split (of unseen domains whose test split is short, on others too): in each docu
 {context} tokens are context (half of a shorter document), the next {scored} are scored. Only the
 context of a document, and contexts that arrived before it, decide what it is scored under. Gains
 are in nats per token and positive where something is won. Intervals are 95 %, paired bootstrap,
-{resamples:,} resamples{interval}.
+{resamples:,} resamples{interval}. Measured on {measured}.
 
 Primary endpoint, fixed before the run: {primary}.
 """
@@ -82,6 +82,7 @@ def _parts(evaluation: dict[str, Any], plots: Sequence[str], note: str | None) -
         scored=protocol["scored_tokens"],
         resamples=protocol["resamples"],
         interval=": " + protocol["interval"].removeprefix("95 %, "),
+        measured=machine(protocol),
         primary=_primary(evaluation),
     )
     yield from _stream(protocol)
@@ -95,6 +96,11 @@ def _parts(evaluation: dict[str, Any], plots: Sequence[str], note: str | None) -
     if protocol["left_out"]:
         yield "## Left out\n"
         yield from (f"- `{name}`: {why}" for name, why in protocol["left_out"].items())
+
+
+def machine(protocol: dict[str, Any]) -> str:
+    """Where and when it was measured."""
+    return "{device} ({dtype}, torch {torch}), {date}".format(**protocol["measured"])
 
 
 def _primary(evaluation: dict[str, Any]) -> str:

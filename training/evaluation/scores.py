@@ -45,7 +45,9 @@ class Work:
         self._bar.refresh()
 
     def close(self) -> None:
-        """End it."""
+        """End it: what is left of the plan was not needed after all."""
+        self._bar.total = self._bar.n
+        self._bar.refresh()
         self._bar.close()
 
 

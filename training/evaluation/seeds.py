@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 
 from cluster_router.wire.errors import ConfigError
-from training.statistics import RESAMPLES, Bootstrap, Interval
+from training.statistics import RESAMPLES, Array, Bootstrap, Interval
 
 _BASELINE = "static"
+_CONTROLS = {"hyper": "shuffled", "refined": "refined_shuffled"}
+"""Variants and the same under another cluster: the difference is what conditioning is worth."""
 _Document = dict[str, Any]
 _SAME = ("group", "domain", "scored_tokens", "scored_bytes")
 
@@ -32,7 +34,10 @@ def compare(folders: Sequence[Path]) -> str:
                 "the same data, settings and --seed"
             )
     heads = " | ".join(folder.name for folder in folders)
-    lines = [f"| group | variant | {heads} | mean |", "|---" * (len(folders) + 3) + "|"]
+    lines = [
+        f"| group | variant | {heads} | mean | of the loss |",
+        "|---" * (len(folders) + 4) + "|",
+    ]
     for group in dict.fromkeys(one["group"] for one in runs[0]):
         chosen = [[one for one in run if one["group"] == group] for run in runs]
         lines += [f"| {group} | {line} |" for line in _lines(chosen)]
@@ -48,20 +53,38 @@ def _documents(folder: Path) -> list[_Document]:
 
 
 def _lines(runs: Sequence[list[_Document]]) -> Iterator[str]:
-    """One a variant: its gain of each seed, and the mean."""
+    """The static loss, then what each variant gains: in each seed, and in their mean."""
     first = runs[0]
     bootstrap = Bootstrap(
         [one["domain"] for one in first], [one["scored_tokens"] for one in first], RESAMPLES, 0
     )
-    for variant in first[0]["nats"]:
-        everywhere = all(variant in one["nats"] for run in runs for one in run)
-        if variant == _BASELINE or not everywhere:
-            continue
-        gains = [
-            np.array([one["nats"][_BASELINE] - one["nats"][variant] for one in run]) for run in runs
-        ]
-        each = [f"{bootstrap.hierarchical(gain).estimate:+.4f}" for gain in gains]
-        yield " | ".join([variant, *each, _text(bootstrap.hierarchical(np.mean(gains, axis=0)))])
+
+    def estimates(nats: Sequence[Array]) -> list[float]:
+        return [bootstrap.hierarchical(one).estimate for one in (*nats, np.mean(nats, axis=0))]
+
+    everywhere = {
+        name: [np.array([one["nats"][name] for one in run]) for run in runs]
+        for name in first[0]["nats"]
+        if all(name in one["nats"] for run in runs for one in run)
+    }
+    static = everywhere[_BASELINE]
+    losses = estimates(static)
+    yield " | ".join([f"{_BASELINE}, its loss", *(f"{loss:.4f}" for loss in losses), ""])
+
+    def line(name: str, worse: Sequence[Array], better: Sequence[Array]) -> str:
+        gains = [one - other for one, other in zip(worse, better, strict=True)]
+        *each, mean = estimates(gains)
+        interval = bootstrap.hierarchical(np.mean(gains, axis=0))
+        return " | ".join(
+            [name, *(f"{gain:+.4f}" for gain in each), _text(interval), f"{mean / losses[-1]:+.2%}"]
+        )
+
+    for name, nats in everywhere.items():
+        if name != _BASELINE:
+            yield line(name, static, nats)
+    for name, control in _CONTROLS.items():
+        if name in everywhere and control in everywhere:
+            yield line(f"{name} over {control}", everywhere[control], everywhere[name])
 
 
 def _text(interval: Interval) -> str:

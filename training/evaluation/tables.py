@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-_VARIANTS = ("base", "static", "budget_static", "hyper", "shuffled", "refined", "refined_shuffled")
+_VARIANTS = (
+    "base", "static", "budget_static", "hyper", "shuffled",
+    "refined_common", "refined", "refined_shuffled",
+)  # fmt: skip
 _GAINS = ("over_base", "net", "conditioning", "refined_net", "refined_conditioning")
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import gzip
 import json
 import shutil
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,13 @@ import torch
 
 from cluster_router.wire.errors import BundleError, ConfigError, SetupError
 from training.artefact import Artefact
+from training.base import FrozenBase
 from training.cli import main
 from training.evaluation import job
+from training.evaluation.evaluator import Evaluator, Subject
+from training.evaluation.groups import Group
 from training.evaluation.job import EvaluateJob, twin_figures
+from training.evaluation.scores import Work
 from training.evaluation.settings import EvaluateSettings, load_evaluate_settings
 from training.evaluation.store import Store
 
@@ -187,7 +192,43 @@ def test_figures_reach_the_bundle_only_when_asked_for(
     assert json.loads((copy / "evaluation.json").read_text()) == json.loads(
         (finished / "evaluation.json").read_text()
     )
-    assert "### Unseen domains, never trained on" in (copy / "README.md").read_text()
+    card = (copy / "README.md").read_text()
+    assert "### Unseen domains, never trained on" in card
+    assert f"CPU, {torch.get_num_threads()} threads (" in card
+    assert f", torch {torch.__version__}), {date.today().isoformat()}." in card
+    # The command in the card, with the file it names, would measure the same.
+    assert "--record \\\n    --settings <bundle>/training/evaluate.yaml\n" in card
+    assert load_evaluate_settings(copy / "training" / "evaluate.yaml") == cheap
+
+
+def test_progress_counts_refinements_only_for_variants_that_need_them(
+    base: FrozenBase,
+    random_artefact: Artefact,
+    groups: list[Group],
+    cheap: EvaluateSettings,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    planned: list[int] = []
+    plan = Work.plan
+    monkeypatch.setattr(
+        Work, "plan", lambda work, tokens: (planned.append(tokens), plan(work, tokens))
+    )
+
+    def training(*variants: str) -> int:
+        """Tokens that were planned beside those that are scored."""
+        chosen = cheap.model_copy(update={"variants": variants})
+        store = Store(tmp_path / "-".join(variants))
+        planned.clear()
+        Evaluator(base, Subject(random_artefact.bundle), chosen, store).measure(groups)
+        return sum(planned[1:])
+
+    assert training("hyper", "stream") == 0
+    common, own = training("refined_common"), training("refined_own")
+    refined, random = training("refined"), training("refined_random")
+    assert 0 < common < refined
+    assert own > 0
+    assert training("refined", "refined_random", "refined_own") == refined + random + own
 
 
 def test_a_baseline_of_the_whole_budget(
