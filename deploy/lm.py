@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from functools import partial
 from typing import Any
 
 import ray
@@ -17,10 +18,11 @@ from deploy.config import AppConfig
 from deploy.console import RemoteBoard, telling
 from deploy.fit import load_bundle
 from deploy.logs import join_serve
-from deploy.placement import check_gpus, lm_niceness
+from deploy.placement import check_gpus, lm_chunks_per_s, lm_niceness
 from deploy.remote import RemoteGenerator
 from deploy.reporting import INTERVAL_S, EngineReporter, report_every
 from lm_workers.build import build_engine
+from lm_workers.device import in_passing_thread
 from lm_workers.engine import EngineStats
 from lm_workers.models import describe_model, resolve_model
 from lm_workers.worker import LMWorker
@@ -44,7 +46,7 @@ class LMReplica:
         self._base = info.fingerprint
         bundle = load_bundle(config, info)
         update = None if bundle is None else (bundle.spec, bundle.bases)
-        engine = build_engine(path, config.engine, update)
+        engine = in_passing_thread(partial(build_engine, path, config.engine, update))
         self._worker = LMWorker(
             engine,
             RemoteGenerator(generator),
@@ -52,6 +54,7 @@ class LMReplica:
             None if bundle is None else bundle.hypernetwork_id,
             patience_s=config.generator.patience_s,
             niceness=lm_niceness(config.engine),
+            chunks_per_s=lm_chunks_per_s(config),
         )
         self._reporter = EngineReporter()
         loop = asyncio.get_running_loop()

@@ -7,13 +7,14 @@ are the resources of one replica, and Ray shows it these and no others.
 from __future__ import annotations
 
 from cluster_router.wire.errors import ConfigError
-from deploy.config import EngineSettings
+from deploy.config import AppConfig, EngineSettings
 from lm_workers.device import pick_device
 from lm_workers.vllm.config import VllmConfig
 
 NUM_CPUS = 0.5
 _NICENESS = 2
 """Of an engine on a CPU beside other replicas, all of which Ray starts at 15; 19 is the last."""
+_CPU_CHUNKS_PER_S, _GPU_CHUNKS_PER_S = 160.0, 1000.0
 
 
 def lm_resources(engine: EngineSettings) -> dict[str, float]:
@@ -32,6 +33,15 @@ def lm_niceness(engine: EngineSettings) -> int:
     if isinstance(engine, VllmConfig) or pick_device(engine.device) != "cpu":
         return 0
     return _NICENESS
+
+
+def lm_chunks_per_s(config: AppConfig) -> float:
+    """Chunks that one LM replica sends in a second, where nobody has said how many."""
+    asked, engine = config.streaming.chunks_per_s, config.engine
+    if asked is not None:
+        return asked
+    device = pick_device("auto" if isinstance(engine, VllmConfig) else engine.device)
+    return _CPU_CHUNKS_PER_S if device == "cpu" else _GPU_CHUNKS_PER_S
 
 
 def check_gpus(engine: EngineSettings, given: float | None) -> None:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from math import ceil
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 from cluster_router.wire.errors import ConfigError
+
+T = TypeVar("T")
 
 
 def pick_device(name: str) -> str:
@@ -40,6 +45,17 @@ def usable_cores(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
     cores = len(os.sched_getaffinity(0))
     quota = _quota(cgroup)
     return cores if quota is None else max(1, min(cores, ceil(quota)))
+
+
+def in_passing_thread(call: Callable[[], T]) -> T:
+    """What `call` gives or raises, run in a thread that ends with it.
+
+    OpenMP keeps a pool of threads for every thread that ever computed. Once there are more of them
+    than cores, those of the engine sleep after each loop instead of waiting for the next one, and
+    Linux tends to wake them all on the same core.
+    """
+    with ThreadPoolExecutor(1) as passing:
+        return passing.submit(call).result()
 
 
 def _quota(cgroup: Path) -> float | None:

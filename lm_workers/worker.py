@@ -8,7 +8,8 @@ import logging
 import os
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections import defaultdict
+from collections.abc import AsyncGenerator, Callable, Iterable
 from dataclasses import dataclass, replace
 from queue import Empty, SimpleQueue
 from typing import Protocol, TypeVar
@@ -24,18 +25,21 @@ from cluster_router.wire.errors import (
     UnavailableError,
 )
 from cluster_router.wire.types import AdapterKey, Conditioning, TokenChunk, TokenizedRequest
+from lm_workers.delivery import Delivery, Outcome, call_in, next_chunk, put_all
 from lm_workers.engine import EngineStats, Failure, SteppedEngine
 from lm_workers.turns import Turns
 
 log = logging.getLogger(__name__)
 tracer = trace.get_tracer("chameleon.worker")
 
-Outcome = TokenChunk | Exception
 T = TypeVar("T")
 
 _MOST_MISSING = 1024
 _FORGET_S = 60.0
 """After so long an update is asked for once more: the first call is taken for lost."""
+
+_LONGEST_HOLD_S = 0.1
+"""Longest that a token waits for the next ones of its stream."""
 
 _MOST_FAILED, _BROKEN_S = 3, 5.0
 """Steps that fail in a row, and over how long, before the thread ends: that is no single request,
@@ -72,6 +76,9 @@ class LMWorker:
         patience_s: how long an update may take from when it is first asked for.
         niceness: added to that of the threads that compute. On a CPU they would otherwise hold up
             all that is short and urgent beside them: HTTP, routing, replicas that start.
+        chunks_per_s: chunks that all streams together send in a second, about. Where more tokens
+            come, those of a stream wait for each other, though never the first of a stream, nor
+            the last, and none for longer than a tenth of a second. None sends each as it comes.
     """
 
     def __init__(
@@ -83,8 +90,10 @@ class LMWorker:
         delta_bytes: int = 2**26,
         patience_s: float = 5.0,
         niceness: int = 0,
+        chunks_per_s: float | None = None,
     ) -> None:
         self._engine, self._adapters, self._niceness = engine, adapters, niceness
+        self._chunks_per_s = chunks_per_s
         self._spec, self._hypernetwork, self._patience_s = spec, hypernetwork, patience_s
         self._deltas: LRUCache[str, LoraDelta] = LRUCache(delta_bytes, lambda one: one.nbytes)
         self._fetching: dict[str, _Fetch] = {}
@@ -148,7 +157,7 @@ class LMWorker:
                 answer, error = ask(), None
             except Exception as raised:
                 answer, error = None, raised
-            _call(loop, settle, answer, error)
+            call_in(loop, settle, answer, error)
 
         self._send(tell)
         return await told
@@ -165,25 +174,29 @@ class LMWorker:
         outcomes: asyncio.Queue[Outcome] = asyncio.Queue()
         name = request.request_id
         loop = asyncio.get_running_loop()
-        begun = False
+        due: float | None = None
         self._send(lambda: self._add(request, delta, loop, outcomes))
         try:
             while True:
-                outcome = await outcomes.get()
-                if isinstance(outcome, Exception):
-                    raise outcome
-                if not begun:
+                chunk = await next_chunk(outcomes, due)
+                if due is None:
                     span.add_event("first chunk")
-                    begun = True
                 if stand_in is not None:
-                    outcome, stand_in = replace(outcome, stand_in=stand_in), None
-                yield outcome
-                if outcome.finish_reason is not None:
+                    chunk, stand_in = replace(chunk, stand_in=stand_in), None
+                yield chunk
+                if chunk.finish_reason is not None:
                     return
+                due = loop.time() + self._hold_s()
         finally:
             span.end()
             with contextlib.suppress(UnavailableError):  # nothing is left to drop
                 self._send(lambda: self._drop(name, outcomes))
+
+    def _hold_s(self) -> float:
+        """How long the next token of a stream may wait for others, counted from the last chunk."""
+        if self._chunks_per_s is None:
+            return 0.0
+        return min(_LONGEST_HOLD_S, self._engine.num_running / self._chunks_per_s)
 
     def close(self) -> None:
         """Stop the thread; streams still open end with UnavailableError."""
@@ -285,15 +298,16 @@ class LMWorker:
                 failed, since = failed + 1, since if failed else time.monotonic()
                 log.exception("an engine step failed; its requests are failed")
                 self._engine.abort_all()
-                for name in list(self._streams):
-                    self._deliver(name, EngineError("the engine failed; please retry"))
+                lost = EngineError("the engine failed; please retry")
+                self._deliver([(name, lost) for name in self._streams])
                 if failed >= _MOST_FAILED and time.monotonic() - since >= _BROKEN_S:
                     log.critical("%d engine steps failed in a row: this replica gives up", failed)
                     return
                 continue
             failed = 0
-            for one in outcomes:
-                self._deliver(one.request_id, one.error if isinstance(one, Failure) else one)
+            self._deliver(
+                (one.request_id, one.error if isinstance(one, Failure) else one) for one in outcomes
+            )
 
     def _end(self) -> None:
         """Tell everybody that there will be no more; none may wait for a thread that is gone."""
@@ -303,8 +317,8 @@ class LMWorker:
             if (command := self._commands.get()) is not None:
                 with contextlib.suppress(Exception):  # like below, it may fail because that did
                     command()
-        for name in list(self._streams):
-            self._deliver(name, UnavailableError("this replica is shutting down"))
+        lost = UnavailableError("this replica is shutting down")
+        self._deliver([(name, lost) for name in self._streams])
         with contextlib.suppress(Exception):
             self._engine.abort_all()
 
@@ -343,7 +357,7 @@ class LMWorker:
         except Exception:
             log.exception("the engine failed to take request %s", request.request_id)
             refusal = EngineError("the engine failed to take this request")
-        _call(loop, outcomes.put_nowait, refusal)
+        call_in(loop, outcomes.put_nowait, refusal)
 
     def _drop(self, name: str, outcomes: asyncio.Queue[Outcome]) -> None:
         """Abort `name` if it is still the request that `outcomes` belongs to."""
@@ -352,19 +366,18 @@ class LMWorker:
             del self._streams[name]
             self._engine.abort(name)
 
-    def _deliver(self, name: str, outcome: Outcome) -> None:
-        loop, outcomes = self._streams[name]
-        if isinstance(outcome, Exception) or outcome.finish_reason is not None:
-            # Nothing is left to abort; and the next stream of this name is another one.
-            del self._streams[name]
-            self._turns.ended(self._engine.num_waiting)
-        _call(loop, outcomes.put_nowait, outcome)
-
-
-def _call(loop: asyncio.AbstractEventLoop, tell: Callable[..., None], *what: object) -> None:
-    """Call `tell` in the thread of `loop`; one that is closed must not end this thread."""
-    with contextlib.suppress(RuntimeError):
-        loop.call_soon_threadsafe(tell, *what)
+    def _deliver(self, told: Iterable[tuple[str, Outcome]]) -> None:
+        """Tell streams what came for them, all of a loop at once: to wake it costs."""
+        by_loop: defaultdict[asyncio.AbstractEventLoop, list[Delivery]] = defaultdict(list)
+        for name, outcome in told:
+            loop, outcomes = self._streams[name]
+            if isinstance(outcome, Exception) or outcome.finish_reason is not None:
+                # Nothing is left to abort; and the next stream of this name is another one.
+                del self._streams[name]
+                self._turns.ended(self._engine.num_waiting)
+            by_loop[loop].append((outcomes, outcome))
+        for loop, deliveries in by_loop.items():
+            call_in(loop, put_all, deliveries)
 
 
 def _retrieved(task: asyncio.Task[LoraDelta]) -> None:

@@ -95,7 +95,7 @@ class Choice:
 
     def whole(self, chunks: Sequence[TokenChunk]) -> dict[str, Any]:
         """The finished choice."""
-        answer = _joined(chunks)
+        answer = TokenChunk.joined(chunks)
         return self._framed(self.layout.whole(answer), answer)
 
     def _framed(self, content: dict[str, Any], chunk: TokenChunk) -> dict[str, Any]:
@@ -108,20 +108,6 @@ class Choice:
         if self.tells_adaptation:
             framed["adaptation"] = self.adaptation
         return framed
-
-
-def _joined(chunks: Sequence[TokenChunk]) -> TokenChunk:
-    first, last = chunks[0], chunks[-1]
-    return TokenChunk(
-        request_id=first.request_id,
-        text="".join(chunk.text for chunk in chunks),
-        tokens=tuple(token for chunk in chunks for token in chunk.tokens),
-        logprobs=tuple(entry for chunk in chunks for entry in chunk.logprobs),
-        prompt_logprobs=first.prompt_logprobs,
-        finish_reason=last.finish_reason,
-        stop_reason=last.stop_reason,
-        cached_tokens=first.cached_tokens,
-    )
 
 
 @dataclass(frozen=True)

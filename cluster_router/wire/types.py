@@ -6,7 +6,8 @@ Everything here is immutable, picklable, and free of torch and ray.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
 import numpy as np
@@ -232,6 +233,21 @@ class TokenChunk:
     cached_tokens: int = 0
     stand_in: AdapterKey | None = None
     received_s: float | None = None
+
+    @classmethod
+    def joined(cls, chunks: Sequence[TokenChunk]) -> TokenChunk:
+        """Neighbouring chunks of a stream as one, which came when the first of them did."""
+        if len(chunks) == 1:
+            return chunks[0]
+        first, last = chunks[0], chunks[-1]
+        return replace(
+            first,
+            text="".join(chunk.text for chunk in chunks),
+            tokens=tuple(token for chunk in chunks for token in chunk.tokens),
+            logprobs=tuple(entry for chunk in chunks for entry in chunk.logprobs),
+            finish_reason=last.finish_reason,
+            stop_reason=last.stop_reason,
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ import yaml
 from cluster_router.wire.errors import ConfigError
 from deploy.app import build
 from deploy.config import AppConfig
-from deploy.placement import check_gpus, lm_niceness
+from deploy.placement import check_gpus, lm_chunks_per_s, lm_niceness
 from deploy.serving import Overrides, read_config
 
 ROOT = Path(__file__).parents[2]
@@ -52,6 +52,15 @@ def test_the_engine_on_a_cpu_alone_gives_way(monkeypatch: pytest.MonkeyPatch) ->
     assert lm_niceness(settings({"backend": "vllm"}).engine) == 0, "it has processes of its own"
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     assert lm_niceness(settings({"device": "cuda"}).engine) == 0
+
+
+def test_chunks_of_a_replica_beside_its_router_are_fewer(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = AppConfig.model_validate({"bundle": None, "streaming": {"chunks_per_s": 7}})
+    assert lm_chunks_per_s(asked) == 7
+    assert lm_chunks_per_s(settings({})) == lm_chunks_per_s(settings({"backend": "vllm"})) == 160
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert lm_chunks_per_s(settings({})) == lm_chunks_per_s(settings({"backend": "vllm"})) == 1000
+    assert lm_chunks_per_s(settings({"device": "cpu"})) == 160
 
 
 @pytest.mark.parametrize("given", [0, 2])

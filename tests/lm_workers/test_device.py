@@ -1,8 +1,9 @@
-"""How many cores there are to compute on."""
+"""How many cores there are to compute on, and which threads stay on them."""
 
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from cluster_router.wire.types import Assignment, SamplingParams, TokenizedRequest
 from lm_workers.build import build_engine, prefill_chunk
 from lm_workers.config import EngineConfig
-from lm_workers.device import usable_cores
+from lm_workers.device import in_passing_thread, usable_cores
 
 
 @pytest.fixture
@@ -79,3 +80,25 @@ def test_a_gpu_computes_more_of_a_prompt_beside_streams(tiny_llama: Path) -> Non
         [prompt] = [one for one in engine._scheduler.running if one.request_id == "prompt"]
         assert 0 < prompt.computed <= expected
         assert prompt.computed > expected // 2
+
+
+def threads() -> int:
+    return len(list(Path("/proc/self/task").iterdir()))
+
+
+def test_a_passing_thread_leaves_no_pool_of_threads_behind() -> None:
+    numbers = torch.randn(400, 400)
+    numbers @ numbers  # this thread's own pool stays
+    before = threads()
+
+    def compute() -> int:
+        numbers @ numbers
+        return threads()
+
+    assert in_passing_thread(compute) > before
+    deadline = time.monotonic() + 10
+    while threads() > before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert threads() == before
+    with pytest.raises(ZeroDivisionError):
+        in_passing_thread(lambda: 1 // 0)

@@ -16,6 +16,7 @@ from cluster_router.wire.types import (
     Assignment,
     Conditioning,
     SamplingParams,
+    TokenChunk,
     TokenizedRequest,
 )
 from lm_workers.build import build_engine
@@ -58,6 +59,26 @@ async def test_streams_run_side_by_side(worker: LMWorker) -> None:
     together = await asyncio.gather(*(text(worker, request(f"b{i}", (5, 6 + i))) for i in range(8)))
     assert alone == together
     assert worker.load == (0, 0)
+
+
+async def test_tokens_share_chunks_where_more_would_come_than_may(
+    worker: LMWorker, tiny_llama: Path
+) -> None:
+    asked = request("a", max_tokens=60, ignore_eos=True, logprobs=0)
+    [*single] = [chunk async for chunk in worker.generate(asked)]
+    assert [len(chunk.tokens) for chunk in single] == [1] * 60
+    config = EngineConfig(dtype="float32", max_sequences=4, max_batch_tokens=16, cpu_threads=1)
+    paced = LMWorker(build_engine(tiny_llama, config), Refuser(), chunks_per_s=20)
+    try:
+        begun = time.monotonic()
+        chunks = [chunk async for chunk in paced.generate(asked)]
+        taken = time.monotonic() - begun
+    finally:
+        paced.close()
+    # One stream may send a chunk in 50 ms: its first alone, then what came in the meantime.
+    assert len(chunks[0].tokens) == 1
+    assert len(chunks) < 30 and len(chunks) <= 3 + taken / 0.05
+    assert TokenChunk.joined(chunks) == TokenChunk.joined(single)
 
 
 async def test_closing_a_stream_aborts_the_request(worker: LMWorker) -> None:
