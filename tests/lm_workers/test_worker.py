@@ -81,6 +81,16 @@ async def test_tokens_share_chunks_where_more_would_come_than_may(
     assert TokenChunk.joined(chunks) == TokenChunk.joined(single)
 
 
+async def test_a_stream_that_has_ended_counts_no_more_though_its_reader_lingers(
+    worker: LMWorker,
+) -> None:
+    stream = worker.generate(request("a"))
+    while (await anext(stream)).finish_reason is None:
+        pass
+    await worker.check_integrity()
+    await stream.aclose()
+
+
 async def test_closing_a_stream_aborts_the_request(worker: LMWorker) -> None:
     stream = worker.generate(request("a", max_tokens=100, ignore_eos=True))
     await anext(stream)
