@@ -66,7 +66,8 @@ METRICS: tuple[Metric, ...] = (
     Metric("ClusterRouter", "token_gap_seconds", "histogram", "Mean time between the tokens of an "
            "answer after its first, as the router has them.", ("mode",), "seconds", _GAPS),
     Metric("ClusterRouter", "longest_gap_seconds", "histogram", "Longest time between two chunks "
-           "of an answer, likewise; tokens that share one count once.", ("mode",), "seconds", _GAPS),
+           "of an answer, likewise; tokens that share one count once.", ("mode",),
+           "seconds", _GAPS),
     Metric("ClusterRouter", "request_seconds", "histogram", "From the call to the end of a stream.",
            ("mode",), "seconds", _SECONDS),
     Metric("ClusterRouter", "similarity", "histogram", "Cosine of a prompt's embedding to the "
