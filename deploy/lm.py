@@ -25,6 +25,7 @@ from lm_workers.build import build_engine
 from lm_workers.device import in_passing_thread
 from lm_workers.engine import EngineStats
 from lm_workers.models import describe_model, resolve_model
+from lm_workers.vllm.config import VllmConfig
 from lm_workers.worker import LMWorker
 
 
@@ -46,7 +47,10 @@ class LMReplica:
         self._base = info.fingerprint
         bundle = load_bundle(config, info)
         update = None if bundle is None else (bundle.spec, bundle.bases)
-        engine = in_passing_thread(partial(build_engine, path, config.engine, update))
+        build = partial(build_engine, path, config.engine, update)
+        # vLLM sets up its threads and processes itself, from the thread that builds it.
+        foreign = isinstance(config.engine, VllmConfig)
+        engine = build() if foreign else in_passing_thread(build)
         self._worker = LMWorker(
             engine,
             RemoteGenerator(generator),

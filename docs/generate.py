@@ -360,7 +360,7 @@ def _signature(function: Any) -> str:
     kinds = griffe.ParameterKind
     parts, starred = [], False
     for one in function.parameters:
-        if one.name == "self":
+        if one.name in ("self", "cls"):
             continue
         if one.kind is kinds.keyword_only and not starred:
             parts.append("*")
@@ -370,6 +370,8 @@ def _signature(function: Any) -> str:
         parts.append(text if one.default is None or stars else f"{text} = {one.default}")
     inside = "".join(f"\n    {part}," for part in parts)
     keyword = "async def" if "async" in function.labels else "def"
+    if "classmethod" in function.labels:
+        keyword = f"@classmethod\n{keyword}"
     return f"{keyword} {function.name}({inside}\n) -> {function.returns}"
 
 

@@ -62,7 +62,7 @@ async def test_an_error_is_told_after_the_tokens_before_it() -> None:
         await next_chunk(outcomes, after(30))
 
 
-async def test_a_reader_that_leaves_while_tokens_wait_takes_none_along() -> None:
+async def test_a_reader_may_leave_while_tokens_wait() -> None:
     outcomes = queue(chunk(1))
     reader = asyncio.create_task(next_chunk(outcomes, after(30)))
     await asyncio.sleep(0.01)

@@ -87,7 +87,8 @@ async def test_a_stream_that_has_ended_counts_no_more_though_its_reader_lingers(
     stream = worker.generate(request("a"))
     while (await anext(stream)).finish_reason is None:
         pass
-    await worker.check_integrity()
+    stats = await worker.check_integrity()
+    assert (stats.running, stats.waiting) == (0, 0)
     await stream.aclose()
 
 

@@ -15,7 +15,7 @@ from training.data import WindowCutter, open_reader
 from training.evaluation.evaluator import Evaluator, Subject
 from training.evaluation.figures import GAINS
 from training.evaluation.groups import Group
-from training.evaluation.settings import EvaluateSettings
+from training.evaluation.settings import EvaluateSettings, load_evaluate_settings
 from training.evaluation.store import Store
 from training.evaluation.tables import table
 
@@ -53,6 +53,12 @@ def test_its_card_prints_its_figures(evaluation: dict[str, Any]) -> None:
     assert "seen" in groups
     for name in groups:
         assert table(evaluation[name]) in card
+
+
+def test_the_settings_in_it_are_those_it_was_measured_with(evaluation: dict[str, Any]) -> None:
+    settings = load_evaluate_settings(BUNDLE / "training" / "evaluate.yaml")
+    assert settings.model_dump(mode="json") == evaluation["protocol"]["settings"]
+    assert "--settings <bundle>/training/evaluate.yaml" in (BUNDLE / "README.md").read_text()
 
 
 def test_its_figures_agree_with_each_other(evaluation: dict[str, Any]) -> None:

@@ -194,7 +194,9 @@ def test_figures_reach_the_bundle_only_when_asked_for(
     )
     card = (copy / "README.md").read_text()
     assert "### Unseen domains, never trained on" in card
-    assert f"CPU, {torch.get_num_threads()} threads (" in card
+    gpu = torch.cuda.is_available()
+    cpu = f"CPU, {torch.get_num_threads()} threads ("
+    assert (torch.cuda.get_device_name() if gpu else cpu) in card
     assert f", torch {torch.__version__}), {date.today().isoformat()}." in card
     # The command in the card, with the file it names, would measure the same.
     assert "--record \\\n    --settings <bundle>/training/evaluate.yaml\n" in card
