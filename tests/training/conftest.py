@@ -6,19 +6,36 @@ import gzip
 import json
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from datetime import date
 from pathlib import Path
 
 import pytest
 
 from training.base import FrozenBase
 from training.config import TrainSettings
+from training.evaluation import job
 
 WORDS = {
     "animals": ["the", "quick", "brown", "fox", "jumps", "over", "the", "lazy", "dog"],
     "numbers": ["0123", "4567", "8910", "1112", "1314", "1516", "1718", "1920"],
     "secret": ["Paris", "is", "the", "capital", "of", "France"],
 }
+
+
+class OneDay(date):
+    """Today is always the same: two evaluations may be compared around midnight."""
+
+    @classmethod
+    def today(cls) -> OneDay:
+        return cls(2026, 2, 3)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_day() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(job, "date", OneDay)
+        yield
 
 
 def write_domain(folder: Path, domain: str, split: str, texts: list[str]) -> Path:
