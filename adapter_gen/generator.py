@@ -148,6 +148,11 @@ class AdapterGenerator:
             generation_seconds=self._seconds,
         )
 
+    @property
+    def resident(self) -> tuple[str, ...]:
+        """Ids of the updates held, first those that came first."""
+        return tuple(key.id for key in self._cache)
+
     def close(self) -> None:
         """Let a running generation end and stop the threads."""
         self._thread.shutdown(cancel_futures=True)

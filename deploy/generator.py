@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 
-import ray
-from cachetools import LRUCache
 from ray.serve.handle import DeploymentHandle
 
 from adapter_gen.export import export_peft, zip_files
@@ -26,7 +24,7 @@ from lm_workers.models import describe_model, load_lm_head, public_model, resolv
 
 
 class GeneratorReplica:
-    """Serves an AdapterGenerator: updates as numpy in the object store."""
+    """Serves an AdapterGenerator."""
 
     def __init__(self, config: AppConfig, board: DeploymentHandle | None = None) -> None:
         join_serve()
@@ -42,10 +40,6 @@ class GeneratorReplica:
             config.generator.device,
             None if (store := refinement_store(config, bundle)) is None else store.load,
         )
-        # One object a key, however many replicas ask; the store keeps it while the ref lives.
-        self._refs: LRUCache[str, ray.ObjectRef] = LRUCache(
-            max(1, config.generator.cache_bytes // (2 * bundle.spec.numbers_per_cluster))
-        )
         self._exporting = asyncio.Lock()
         self._reporter = GeneratorReporter()
         loop = asyncio.get_running_loop()
@@ -54,17 +48,13 @@ class GeneratorReplica:
             *telling(board, self._tell),
         ]
 
-    async def get(self, key: AdapterKey, conditioning: Conditioning | None) -> list[ray.ObjectRef]:
-        """A reference to the update `key`, in a list so that Serve does not resolve it."""
-        delta = await self._generator.get(key, conditioning)
-        name = delta.key.id  # another than `key` where the update stands in for a refined one
-        if name not in self._refs:
-            self._refs[name] = ray.put(delta)
-        return [self._refs[name]]
+    async def get(self, key: AdapterKey, conditioning: Conditioning | None) -> LoraDelta:
+        """See AdapterGenerator.get."""
+        return await self._generator.get(key, conditioning)
 
     async def record_routing_stats(self) -> dict[str, list[str]]:
         """What this replica has at hand, for the request router."""
-        return routing_stats(self._refs)
+        return routing_stats(self._generator.resident)
 
     async def _report(self) -> None:
         self._reporter.report(self._generator.stats())

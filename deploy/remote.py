@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 
+import grpc
 import ray
 from ray.serve.exceptions import ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle
@@ -24,6 +25,7 @@ _LOST = (
     ray.exceptions.RayActorError,
     ray.exceptions.WorkerCrashedError,
     ReplicaUnavailableError,
+    grpc.RpcError,
 )
 """What a call raises whose replica is gone, or out of reach."""
 
@@ -41,11 +43,9 @@ class RemoteGenerator:
         self._handle = handle
 
     async def get(self, key: AdapterKey, conditioning: Conditioning | None) -> LoraDelta:
-        """See AdapterGenerator.get; a reference whose object was lost is asked for once more."""
-        try:
-            return await self._fetch(key, conditioning)
-        except ray.exceptions.ObjectLostError:
-            return await self._fetch(key, conditioning)
+        """See AdapterGenerator.get."""
+        handle = self._deployed().options(session_id=key.id)
+        return await handle.get.remote(key, conditioning)
 
     async def export(
         self, key: AdapterKey, conditioning: Conditioning | None, form: ExportForm
@@ -59,11 +59,6 @@ class RemoteGenerator:
             raise UnavailableError("this service runs without a bundle; set `bundle` to adapt")
         return self._handle
 
-    async def _fetch(self, key: AdapterKey, conditioning: Conditioning | None) -> LoraDelta:
-        handle = self._deployed().options(session_id=key.id)
-        [reference] = await handle.get.remote(key, conditioning)
-        return await reference
-
 
 class RemoteWorker:
     """The LM replicas, seen through their handle. Satisfies Worker.
@@ -75,7 +70,10 @@ class RemoteWorker:
 
     def __init__(self, handle: DeploymentHandle, base: str) -> None:
         self._handle, self._base = handle, base
-        self._streaming = handle.options(stream=True)
+        # What passes here is of importable classes: the plain pickle is the quicker one.
+        self._streaming = handle.options(
+            stream=True, request_serialization="pickle", response_serialization="pickle"
+        )
 
     async def generate(self, request: TokenizedRequest) -> AsyncIterator[TokenChunk]:
         """Stream from a replica that has the update, where one has room; closing cancels there."""

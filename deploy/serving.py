@@ -15,8 +15,8 @@ from ray.serve.schema import ServeDeploySchema
 from adapter_gen.bundle import Bundle
 from cluster_router.wire.errors import ConfigError
 from deploy.config import AppConfig
+from deploy.environment import SETTINGS
 from deploy.placement import check_gpus
-from deploy.proxy import CALLBACK, SETTING
 from lm_workers.models import describe_model, resolve_model
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -28,7 +28,7 @@ class ServeConfig:
     """A checked config file.
 
     Attributes:
-        document: the file as Serve takes it, JSON values only, with what the proxies need.
+        document: the file as Serve takes it, JSON values only, with what its processes need.
         settings: of this project's application in it.
         application: name of that application.
         host: where Serve listens.
@@ -79,7 +79,7 @@ def read_config(path: Path, overrides: Overrides) -> ServeConfig:
     settings = _checked(AppConfig, application.get("args") or {}, place)
     _check_resources(settings, application)
     return ServeConfig(
-        document=document | {"controller_options": _with_front(schema)},
+        document=document | {"controller_options": _with_environment(schema)},
         settings=settings,
         application=application["name"],
         host=schema.http_options.host,
@@ -117,15 +117,15 @@ def _check_resources(settings: AppConfig, application: dict[str, Any]) -> None:
             check_gpus(settings.engine, one["ray_actor_options"].get("num_gpus"))
 
 
-def _with_front(schema: ServeDeploySchema) -> dict[str, Any]:
-    """The controller's options, with `deploy/proxy.py` named for the proxies that it starts.
+def _with_environment(schema: ServeDeploySchema) -> dict[str, Any]:
+    """The controller's options, with `deploy/environment.py` in its environment.
 
-    Where our own environment or the file names another, or none (an empty string), that holds.
+    Where our own environment, or the file, says otherwise, that holds.
     """
     given = schema.controller_options
     found = ((given and given.runtime_env) or {}).get("env_vars") or {}
-    callback = os.environ.get(SETTING, found.get(SETTING, CALLBACK))
-    return {"runtime_env": {"env_vars": {**found, SETTING: callback}}}
+    ours = {name: os.environ[name] for name in SETTINGS if name in os.environ}
+    return {"runtime_env": {"env_vars": {**SETTINGS, **found, **ours}}}
 
 
 def _checked(kind: type[Model], value: Any, place: str) -> Model:

@@ -11,6 +11,11 @@ from pathlib import Path
 # Triton looks at it when it is imported, which transformers does: its kernels then run on a CPU.
 os.environ["TRITON_INTERPRET"] = str(int(not Path("/dev/nvidiactl").exists()))
 
+from deploy.environment import SETTINGS
+
+# So does Ray Serve: applications that tests deploy are bound as `serve run` binds them.
+os.environ.update(SETTINGS)
+
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers

@@ -12,10 +12,12 @@ down.
 
 from __future__ import annotations
 
+import reliability.environment  # noqa: F401  # before Ray
+
+# isort: split
 import argparse
 import asyncio
 import json
-import os
 import random
 import sys
 import tempfile
@@ -38,7 +40,6 @@ from serving_bench.random_models import write_random_model
 
 from deploy.app import build
 from deploy.config import AppConfig
-from deploy.proxy import CALLBACK, SETTING
 
 SAMPLE_S = 1.0
 SCALED = ("ClusterRouter", "LMReplica", "AdapterGenerator")
@@ -90,7 +91,6 @@ def running(folder: Path, args: argparse.Namespace) -> Iterator[str]:
             "learner": {"enabled": False},
         }
     )
-    os.environ[SETTING] = CALLBACK  # inherited by the proxy
     ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False)
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": port})

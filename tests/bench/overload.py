@@ -10,6 +10,9 @@ throughput is left.
 
 from __future__ import annotations
 
+import reliability.environment  # noqa: F401  # before Ray
+
+# isort: split
 import argparse
 import asyncio
 import itertools

@@ -19,7 +19,7 @@ from ray.serve.schema import ServeDeploySchema
 
 from deploy.autoscaling import LoadPolicy
 from deploy.config import AppConfig
-from deploy.proxy import CALLBACK, SETTING
+from deploy.environment import SETTINGS
 
 FOLDER = Path(__file__).parents[2] / "deploy/kuberay"
 KUBERNETES = "1.30"
@@ -129,7 +129,7 @@ def test_serve_and_we_accept_the_application_in_it(name: str, tmp_path: Path) ->
     [application] = ServeDeploySchema.model_validate(config).applications
     settings = AppConfig.model_validate(application.args)
     assert config["http_options"] == {"host": "0.0.0.0", "port": 8000}
-    assert config["controller_options"] == {"runtime_env": {"env_vars": {SETTING: CALLBACK}}}
+    assert config["controller_options"] == {"runtime_env": {"env_vars": SETTINGS}}
     scaled = set()
     for one in config["applications"][0]["deployments"]:
         scaling = AutoscalingConfig.model_validate(one["autoscaling_config"])

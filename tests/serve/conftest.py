@@ -23,6 +23,7 @@ from ray import serve
 from reliability.processes import until
 from torch import nn
 
+from deploy.environment import SETTINGS
 from lm_workers.engine import EngineStats
 from lm_workers.models import load_causal_lm
 from training.base import FrozenBase
@@ -101,15 +102,21 @@ def service(tmp_path_factory: pytest.TempPathFactory, default_model: Path) -> It
     port = free_port()
     config = folder / "config.yaml"
     config.write_text(yaml.safe_dump(settings(port)))
-    context = ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False)
-    address = str(context.address_info["address"])
     with (folder / "log").open("w") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "ray.serve.scripts", "run", "--address", address, str(config)],
-            cwd=ROOT,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
+        with pytest.MonkeyPatch.context() as patch:
+            for name in SETTINGS:  # the config file has them, as anybody's
+                patch.delenv(name)
+            context = ray.init(
+                address="local", num_cpus=8, include_dashboard=False, log_to_driver=False
+            )
+            address = str(context.address_info["address"])
+            command = [sys.executable, "-m", "ray.serve.scripts", "run", "--address", address]
+            process = subprocess.Popen(
+                [*command, str(config)],
+                cwd=ROOT,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
         try:
             wait_until_ready(f"http://127.0.0.1:{port}", process, folder / "log")
             yield Service(f"http://127.0.0.1:{port}", address, "smollm2-135m-instruct")

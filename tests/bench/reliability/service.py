@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import os
+import reliability.environment  # noqa: F401  # before Ray
+
+# isort: split
 import socket
 import tempfile
 from collections.abc import Iterator
@@ -15,7 +17,6 @@ from ray import serve
 
 from deploy.app import build
 from deploy.config import AppConfig
-from deploy.proxy import CALLBACK, SETTING
 
 APP = "chameleon"
 MODEL = "smollm2-135m-instruct"
@@ -65,7 +66,6 @@ def free_port() -> int:
 def running(settings: Settings) -> Iterator[str]:
     """Its URL."""
     port = free_port()
-    os.environ[SETTING] = CALLBACK  # inherited by the proxy
     ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False)
     try:
         with tempfile.TemporaryDirectory() as clusters:

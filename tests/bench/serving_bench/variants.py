@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from deploy.environment import SETTINGS
+
 ENGINES = ("chameleon", "transformers", "peft", "vllm", "served")
 WITHOUT_ADAPTERS = {"transformers"}
 ONLY_ADAPTERS = {"peft"}
@@ -54,6 +56,8 @@ def environment(engine: str, python: str, threads: int) -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "0",
     }
+    if engine == "served":
+        return {**variables, **SETTINGS}
     if engine != "vllm":
         return variables
     cores = sorted(os.sched_getaffinity(0))[:threads]

@@ -16,7 +16,7 @@ import yaml
 
 from cluster_router.wire.errors import ConfigError
 from deploy.cli.serve import SHIPPED
-from deploy.proxy import CALLBACK, SETTING
+from deploy.environment import FRONT, SETTINGS
 from deploy.serving import Overrides, check_port, read_config
 
 SERVE = [sys.executable, "-c", "from deploy.cli import main; main()", "serve"]
@@ -86,26 +86,27 @@ def test_a_port_of_ipv6_is_checked(host: str) -> None:
     check_port(host, port)
 
 
-def test_proxies_get_ours_unless_told_otherwise(
+def test_serve_gets_our_environment_unless_told_otherwise(
     config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def named(path: Path) -> dict[str, str]:
         options = read_config(path, Overrides()).document["controller_options"]
         return options["runtime_env"]["env_vars"]
 
-    monkeypatch.delenv(SETTING, raising=False)
+    for name in SETTINGS:
+        monkeypatch.delenv(name, raising=False)
     document = yaml.safe_load(config().read_text())
     path = tmp_path / "own.yaml"
     for options, found in (
-        (None, {SETTING: CALLBACK}),
-        ({"runtime_env": {"env_vars": {"A": "1"}}}, {"A": "1", SETTING: CALLBACK}),
-        ({"runtime_env": {"env_vars": {SETTING: "own:one"}}}, {SETTING: "own:one"}),
+        (None, dict(SETTINGS)),
+        ({"runtime_env": {"env_vars": {"A": "1"}}}, {"A": "1", **SETTINGS}),
+        ({"runtime_env": {"env_vars": {FRONT: "own:one"}}}, {**SETTINGS, FRONT: "own:one"}),
     ):
         path.write_text(yaml.safe_dump(document | {"controller_options": options}))
         assert named(path) == found
     for value in ("own:other", ""):
-        monkeypatch.setenv(SETTING, value)
-        assert named(path) == {SETTING: value}
+        monkeypatch.setenv(FRONT, value)
+        assert named(path) == {**SETTINGS, FRONT: value}
 
 
 @pytest.mark.parametrize(
