@@ -11,10 +11,10 @@ from pathlib import Path
 # Triton looks at it when it is imported, which transformers does: its kernels then run on a CPU.
 os.environ["TRITON_INTERPRET"] = str(int(not Path("/dev/nvidiactl").exists()))
 
-from deploy.environment import SETTINGS
+from deploy.environment import GRPC, SETTINGS
 
 # So does Ray Serve: applications that tests deploy are bound as `serve run` binds them.
-os.environ.update(SETTINGS)
+os.environ[GRPC] = SETTINGS[GRPC]
 
 import pytest
 import torch

@@ -105,7 +105,7 @@ def service(tmp_path_factory: pytest.TempPathFactory, default_model: Path) -> It
     with (folder / "log").open("w") as log:
         with pytest.MonkeyPatch.context() as patch:
             for name in SETTINGS:  # the config file has them, as anybody's
-                patch.delenv(name)
+                patch.delenv(name, raising=False)
             context = ray.init(
                 address="local", num_cpus=8, include_dashboard=False, log_to_driver=False
             )
