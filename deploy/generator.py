@@ -1,4 +1,4 @@
-"""The generator replica: updates, from bundle to object store."""
+"""The generator replica: makes the updates of clusters, and archives of them."""
 
 from __future__ import annotations
 

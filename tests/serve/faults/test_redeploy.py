@@ -30,7 +30,7 @@ async def test_a_new_bundle_comes_without_a_failed_request(struck: Struck) -> No
         httpx.AsyncClient(base_url=struck.url, timeout=120) as http,
         load.running(),
     ):
-        long = asyncio.create_task(ask(http, struck.body(max_tokens=6000)))
+        long = asyncio.create_task(ask(http, struck.body(max_tokens=4000)))
         await asyncio.sleep(0.5)
         await asyncio.to_thread(struck.deploy, bundle=str(newer))
         served = clusters()
