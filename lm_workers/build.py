@@ -18,11 +18,11 @@ from lm_workers.graphs import choose_recorder
 from lm_workers.kv_cache import BlockPool, KVCache, bytes_per_token, kv_geometry
 from lm_workers.layers.choose import choose_kernels, choose_layout
 from lm_workers.layers.decoder import is_family_config
-from lm_workers.layers.linear import Product
+from lm_workers.layers.linear import PlainProduct, Product
 from lm_workers.models import (
     describe_model,
-    load_as_stored,
     load_causal_lm,
+    load_copied,
     load_tokenizer,
     resolve_dtype,
 )
@@ -109,8 +109,8 @@ def _load_model(
 ) -> PreTrainedModel:
     """The model, in no wider a dtype than it is stored in where `layout` can take it so."""
     config = load_config(path)
-    if layout.widens and is_family_config(config):
-        return load_as_stored(path, config, dtype)
+    if layout is not PlainProduct and is_family_config(config):  # it copies the weights
+        return load_copied(path, config, dtype, as_stored=layout.widens)
     return load_causal_lm(path, dtype, device)
 
 

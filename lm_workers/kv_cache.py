@@ -6,11 +6,11 @@ from collections import OrderedDict
 from collections.abc import Iterable
 from itertools import chain
 from math import prod
-from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
 
 import torch
 from transformers import PretrainedConfig
 
+from lm_workers.memory import untouched
 from lm_workers.prefix_cache import PrefixCache
 
 
@@ -121,9 +121,8 @@ def _zeros(shape: tuple[int, int, int], dtype: torch.dtype, device: str) -> torc
     """Zeros that on a CPU take memory only where something was written."""
     if device != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    size = prod(shape) * dtype.itemsize
-    fresh = mmap(-1, size, flags=MAP_PRIVATE | MAP_ANONYMOUS)  # torch.zeros would write to it all
-    return torch.frombuffer(fresh, dtype=dtype).view(shape)
+    # torch.zeros would write to it all.
+    return untouched(prod(shape) * dtype.itemsize).view(dtype).view(shape)
 
 
 def kv_geometry(config: PretrainedConfig) -> tuple[int, int, int]:

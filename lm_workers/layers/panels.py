@@ -11,10 +11,12 @@ import torch
 from lm_workers.layers.compiler import compile_library
 from lm_workers.layers.linear import Product
 from lm_workers.layers.tape import Function, empty
+from lm_workers.memory import LargePages
 
 _POINTER, _INT = ctypes.c_void_p, ctypes.c_int64
 _SIGNATURE = "pipppiiiii"
 """Of products, for `Function`."""
+_MEMORY = LargePages()
 _PART = 4096
 """Rows of a weight that are widened at a time; whole panels."""
 
@@ -70,7 +72,7 @@ class PanelProduct(_Panels):
     def _lay_out(self, weight: torch.Tensor) -> tuple[torch.Tensor, Function]:
         library, halves = load_floats(), int(is_bfloat16(weight))
         size = library.panels_size(self._outputs, self._inputs, halves)
-        panels = torch.zeros(size, dtype=torch.float32)
+        panels = _MEMORY.zeros(size, torch.float32)
         at = panels.data_ptr()
         for part in weight.split(_PART):
             wide = part.float()
@@ -93,7 +95,7 @@ class PairProduct(_Panels):
     def _lay_out(self, weight: torch.Tensor) -> tuple[torch.Tensor, Function]:
         library = load_pairs()
         size = library.panels_size(self._outputs, self._inputs)
-        panels = torch.zeros(size, dtype=torch.int32)
+        panels = _MEMORY.zeros(size, torch.int32)
         library.lay_out(
             weight.data_ptr(), *weight.stride(), self._outputs, self._inputs,
             panels.data_ptr(), self._threads,

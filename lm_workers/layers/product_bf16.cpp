@@ -44,6 +44,31 @@ struct Ahead {
   }
 };
 
+// A place in each of R rows. Every third row's is a register, from which the two after it are found:
+// the compiler would take one for each, and with not enough of them move them to and fro.
+template <int R>
+struct Cursors {
+  static constexpr int BASES = (R + 2) / 3;
+  const T* bases[BASES];
+  int64_t stride;
+
+  Cursors(const T* first, int64_t stride) : stride(stride) {
+#pragma GCC unroll 4
+    for (int i = 0; i < BASES; i++) bases[i] = first + 3 * i * stride;
+  }
+
+  const T* operator[](int row) const { return bases[row / 3] + row % 3 * stride; }
+
+  void advance() {
+#pragma GCC unroll 4
+    for (int i = 0; i < BASES; i++) {
+      bases[i] += 2;
+      asm("" : "+r"(bases[i]));  // so that the compiler cannot know how they hang together
+    }
+    asm("" : "+r"(stride));
+  }
+};
+
 struct Product {
   const T* x;
   const uint32_t* weight;
@@ -55,7 +80,7 @@ struct Product {
   int64_t panels() const { return (outputs + COLUMNS - 1) / COLUMNS; }
 
   template <int R, int P>
-  inline void multiply(const T* from, const uint32_t* at, int64_t size, int64_t n,
+  inline void multiply(const Cursors<R>& from, const uint32_t* at, int64_t size, int64_t n,
                        vf (*acc)[2 * P]) const {
     vu columns[2 * P];
 #pragma GCC unroll 8
@@ -63,7 +88,7 @@ struct Product {
       std::memcpy(columns + c, at + c / 2 * size + c % 2 * W, sizeof(vu));
 #pragma GCC unroll 12
     for (int r = 0; r < R; r++) {
-      uint32_t both = pair(from + r * x_stride, n);
+      uint32_t both = pair(from[r], n);
 #pragma GCC unroll 8
       for (int c = 0; c < 2 * P; c++) acc[r][c] = dot(acc[r][c], columns[c], both);
     }
@@ -73,15 +98,16 @@ struct Product {
   template <int R, int P>
   void tile(int64_t row, int64_t panel, int64_t number, int64_t tiles) const {
     const int64_t size = pairs() * COLUMNS;
-    const T* from = x + row * x_stride;
     const uint32_t* w = weight + panel * size;
+    Cursors<R> from(x + row * x_stride, x_stride);
     Ahead ahead(w + P * size, P * pairs(), number, tiles);
     vf acc[R][2 * P] = {};
     for (int64_t k = 0; k < inputs / 2; k++) {
       tiles == 1 ? ahead.fetch<true>(P * k) : ahead.fetch<false>(k);
-      multiply<R, P>(from + 2 * k, w + k * COLUMNS, size, 2, acc);
+      multiply<R, P>(from, w + k * COLUMNS, size, 2, acc);
+      from.advance();
     }
-    if (inputs % 2) multiply<R, P>(from + inputs - 1, w + inputs / 2 * COLUMNS, size, 1, acc);
+    if (inputs % 2) multiply<R, P>(from, w + inputs / 2 * COLUMNS, size, 1, acc);
     // Unrolled like the loops above: sums that are found by a variable would not stay in registers.
 #pragma GCC unroll 8
     for (int c = 0; c < 2 * P; c++) {

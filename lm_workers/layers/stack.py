@@ -53,7 +53,7 @@ class DecoderStack(nn.Module):
         self.layers = nn.ModuleList(layers)
         self._rows, self._taped = rows, taped
         self._steps: OrderedDict[Shape, TapedStep] = OrderedDict()
-        self._memory = Memory(_MOST_ROWS)
+        self._memory, self._large = Memory(_MOST_ROWS), Memory(0)
 
     def forward(
         self,
@@ -70,8 +70,10 @@ class DecoderStack(nn.Module):
             paged: the step.
         """
         rows, slots = hidden_states.shape[1], self._rows.tokens
-        if not self._taped or rows > _MOST_ROWS:
+        if not self._taped:
             return run_layers(self.layers, hidden_states, position_embeddings, paged)
+        if rows > _MOST_ROWS:
+            return self._computed(hidden_states, position_embeddings, paged)
         shape = _shape(rows, paged, slots)
         if shape in self._steps:
             self._steps.move_to_end(shape)
@@ -90,6 +92,13 @@ class DecoderStack(nn.Module):
         if len(self._steps) > _MOST_TAPES:
             self._steps.popitem(last=False)
         return step.hidden
+
+    def _computed(self, hidden: torch.Tensor, rotary: Rotary, paged: PagedStep) -> torch.Tensor:
+        """A large step; it keeps no tape, but the memory: asked for anew it may be fresh pages."""
+        if hidden.shape[1] > self._large.rows:
+            self._large = Memory(hidden.shape[1])
+        record(Tape(self._large), self.layers, hidden, rotary, paged)
+        return hidden
 
 
 class TapedStep:
@@ -140,10 +149,17 @@ class TapedStep:
 
     def record(self, layers: nn.ModuleList) -> None:
         """Compute the step, noting how."""
-        with self.tape.recording():
-            for layer in layers:
-                self.tape.rewind()
-                run_layers([layer], self.hidden, self._rotary, self._paged)
+        record(self.tape, layers, self.hidden, self._rotary, self._paged)
+
+
+def record(
+    tape: Tape, layers: nn.ModuleList, hidden: torch.Tensor, rotary: Rotary, paged: PagedStep
+) -> None:
+    """Compute a step in the memory of a tape, which notes how; hidden changes in place."""
+    with tape.recording():
+        for layer in layers:
+            tape.rewind()
+            run_layers([layer], hidden, rotary, paged)
 
 
 def run_layers(

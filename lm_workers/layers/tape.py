@@ -58,14 +58,14 @@ class Memory:
     """
 
     def __init__(self, rows: int) -> None:
-        self._rows = rows
+        self.rows = rows
         self._parts: dict[tuple[int, tuple[int, ...], torch.dtype], torch.Tensor] = {}
 
     def part(self, number: int, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
         """The result with this number."""
         key = number, shape[1:], like.dtype
         if key not in self._parts:
-            self._parts[key] = like.new_empty(self._rows, *shape[1:])
+            self._parts[key] = like.new_empty(self.rows, *shape[1:])
         return self._parts[key][: shape[0]]
 
     def __len__(self) -> int:

@@ -3,8 +3,8 @@
 from lm_workers.models.info import ModelInfo, describe_model, fingerprint
 from lm_workers.models.load import (
     auto_dtype,
-    load_as_stored,
     load_causal_lm,
+    load_copied,
     load_embedding,
     load_lm_head,
     load_tokenizer,
@@ -18,8 +18,8 @@ __all__ = [
     "auto_dtype",
     "describe_model",
     "fingerprint",
-    "load_as_stored",
     "load_causal_lm",
+    "load_copied",
     "load_embedding",
     "load_lm_head",
     "load_tokenizer",

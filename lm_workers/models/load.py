@@ -11,6 +11,7 @@ import torch
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from cluster_router.wire.errors import ConfigError, ModelError
+from lm_workers.memory import untouched
 from lm_workers.models.quiet import quiet_transformers
 from lm_workers.models.weights import StoredTensor, check_folder, is_quantised, stored_tensors
 
@@ -59,27 +60,37 @@ def load_causal_lm(path: Path, dtype: torch.dtype, device: str) -> PreTrainedMod
     return _frozen(model, report, path, dtype)
 
 
-def load_as_stored(path: Path, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """Like `load_causal_lm` on the CPU, but in the dtype that the checkpoint is stored in.
+def load_copied(
+    path: Path, config: PretrainedConfig, dtype: torch.dtype, as_stored: bool
+) -> PreTrainedModel:
+    """Like `load_causal_lm` on the CPU, but of the files nothing stays in memory.
 
-    That takes the memory of the stored weights, and no more on the way; who computes in a wider
-    dtype widens them part by part. Only for model classes that keep no buffer in the dtype of the
-    weights, whose numbers would be narrowed.
+    For who lays the weights out anew, one after the other, each of which then gives its memory
+    back: from a model that is mapped into memory the whole file would stay. Only for model classes
+    that keep no buffer in the dtype of the weights, whose numbers might be narrowed.
 
     Args:
         path: the folder.
         config: of the model there.
-        dtype: what to load in where tensors are stored in several.
+        dtype: of the model.
+        as_stored: load in the dtype that all tensors are stored in, if it is one, instead. Who
+            computes in a wider one widens them part by part.
 
     Raises: see `load_causal_lm`.
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     _check_loadable(path)
-    # Copies: a tensor that safetensors gives may keep its whole file in memory.
-    state = {name: one.read().clone() for name, one in stored_tensors(path).items()}
-    stored = {tensor.dtype for tensor in state.values()}
-    kept = stored.pop() if len(stored) == 1 else dtype
+    state = {}
+    for name, one in stored_tensors(path).items():
+        # A tensor that safetensors gives may keep its whole file in memory, and one that the
+        # allocator gives is not returned to the system while others lie around it.
+        read = one.read()
+        kept = read.dtype if as_stored else dtype
+        own = untouched(read.numel() * kept.itemsize).view(kept).view(read.shape)
+        state[name] = own.copy_(read)
+    held = {tensor.dtype for tensor in state.values()}
+    kept = held.pop() if len(held) == 1 else dtype
     with _loading(path):
         model, report = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
             None, config=config, state_dict=state, dtype=kept, output_loading_info=True

@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from lm_workers.layers.choose import choose_layout
-from lm_workers.models import load_as_stored, load_causal_lm
+from lm_workers.layers.panels import PairProduct, PanelProduct
+from lm_workers.models import load_causal_lm, load_copied
 from lm_workers.models.info import load_config
+from lm_workers.models.load import DTYPES
 
 PROGRAM = """
 import pathlib, sys
@@ -27,7 +29,7 @@ def peak():
 path = pathlib.Path(sys.argv[1])
 load_tokenizer(path)
 libraries = peak()
-engine = build_engine(path, EngineConfig(dtype="float32", device="cpu", cpu_threads=1))
+engine = build_engine(path, EngineConfig(dtype=sys.argv[2], device="cpu", cpu_threads=1))
 sampling = SamplingParams(max_tokens=2, temperature=0)
 for number in range(4):
     prompt = tuple(range(100 + number, 132 + number))
@@ -38,15 +40,19 @@ print(peak() - libraries)
 """
 
 
-def test_an_engine_takes_little_more_than_the_stored_weights(cxx: str, default_model: Path) -> None:
-    assert choose_layout("packed", torch.float32, "cpu").widens
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_engine_takes_little_more_than_the_stored_weights(
+    cxx: str, default_model: Path, dtype: str
+) -> None:
+    if choose_layout("auto", DTYPES[dtype], "cpu") not in (PanelProduct, PairProduct):
+        pytest.skip(f"this CPU does not compute in {dtype}, or torch does it for it")
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(default_model)],
+        [sys.executable, "-c", PROGRAM, str(default_model), dtype],
         capture_output=True, text=True, check=True, timeout=240,
     )  # fmt: skip
     stored = (default_model / "model.safetensors").stat().st_size
-    # Beside the weights: the embedding once more, one matrix in float32, activations, allocators.
-    assert int(done.stdout) < 2.2 * stored
+    # Beside the weights: the embedding once more, a matrix on its way, activations, allocators.
+    assert int(done.stdout) < 1.6 * stored
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
@@ -60,7 +66,7 @@ def test_as_stored_is_the_same_model_in_the_dtype_of_its_files(
         (tiny_checkpoints[family] / "tokenizer.json").read_bytes()
     )
     expected = load_causal_lm(tmp_path, torch.float32, "cpu")
-    found = load_as_stored(tmp_path, load_config(tmp_path), torch.float32)
+    found = load_copied(tmp_path, load_config(tmp_path), torch.float32, as_stored=True)
     assert {parameter.dtype for parameter in found.parameters()} == {stored}
     weights = dict(found.named_parameters())
     for name, parameter in expected.named_parameters():

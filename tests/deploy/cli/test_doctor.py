@@ -50,6 +50,26 @@ def test_small_machines_are_warned(monkeypatch: pytest.MonkeyPatch) -> None:
         assert found.verdict == "warn" and found.advice
 
 
+@pytest.mark.parametrize(
+    ("setting", "verdict"),
+    [
+        ("always [madvise] never", "ok"),
+        ("[always] madvise never", "ok"),
+        ("always madvise [never]", "warn"),
+        (None, "ok"),
+    ],
+)
+def test_large_pages_that_are_switched_off(
+    tmp_path: Path, setting: str | None, verdict: str
+) -> None:
+    place = tmp_path / "enabled"
+    if setting is not None:
+        place.write_text(setting + "\n")
+    found = diagnosis.check_large_pages(place)
+    assert found.verdict == verdict
+    assert (str(place) in found.advice) == (verdict == "warn")
+
+
 def test_a_check_that_breaks_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
     def check_everything() -> diagnosis.Check:
         raise OSError("no such thing")

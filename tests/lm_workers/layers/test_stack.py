@@ -66,6 +66,8 @@ def test_large_steps_are_computed(
     found = answers(engine, [(one, None) for one in asked])
     assert not played
     assert found[0] == found[1] == found[2]
+    large = stack_of(engine)._large
+    assert (large.rows, len(large)) == (60, 8), "the largest step's, for all layers and steps"
 
 
 def test_the_tapes_of_shapes_not_seen_for_long_are_dropped(
