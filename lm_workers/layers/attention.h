@@ -58,16 +58,17 @@ inline void transpose(vf* r) {
   if constexpr (W > 8) exchange<8>(r);
 }
 
-// Scores of 4 rows against KEYS keys, then their weights, with the maximum seen so far.
+// Scores of R rows against KEYS keys, then their weights, with the maximum seen so far.
+template <int R>
 inline void score(Scratch& s, int64_t row, int64_t position, float scale) {
-  vf acc[ROWS][KEYS / W] = {};
+  vf acc[R][KEYS / W] = {};
   const T* q = &s.query[row * s.width];
   for (int64_t d = 0; d < s.width; d += PACK) {
     vf key[KEYS / W];
 #pragma GCC unroll 2
     for (int64_t v = 0; v < KEYS / W; v++) key[v] = load(&s.keys[d / PACK * KEYS + v * W]);
 #pragma GCC unroll 4
-    for (int64_t r = 0; r < ROWS; r++)
+    for (int64_t r = 0; r < R; r++)
 #pragma GCC unroll 2
       for (int64_t v = 0; v < KEYS / W; v++)
         acc[r][v] = dot(acc[r][v], key[v], q + r * s.width + d);
@@ -75,7 +76,7 @@ inline void score(Scratch& s, int64_t row, int64_t position, float scale) {
   vi place;
 #pragma GCC unroll 16
   for (int i = 0; i < W; i++) place[i] = i;
-  for (int64_t r = 0; r < ROWS; r++) {
+  for (int64_t r = 0; r < R; r++) {
     vi first = vi{} + (int32_t)(s.first[row + r] - position);
     vi end = vi{} + (int32_t)(s.end[row + r] - position);
     vf top = splat(s.best[row + r]);
@@ -103,15 +104,20 @@ inline void score(Scratch& s, int64_t row, int64_t position, float scale) {
   }
 }
 
-inline void accumulate(Scratch& s, int64_t row) {
+// Add the values of KEYS tokens to R rows, by their weights. `value(k, d)` is W numbers of one.
+template <int R, class Value>
+inline void accumulate(Scratch& s, int64_t row, Value value) {
   for (int64_t d = 0; d < s.width; d += W) {
-    vf acc[ROWS];
-    for (int64_t r = 0; r < ROWS; r++) acc[r] = load(&s.out[(row + r) * s.width + d]);
+    vf acc[R];
+#pragma GCC unroll 4
+    for (int64_t r = 0; r < R; r++) acc[r] = load(&s.out[(row + r) * s.width + d]);
     for (int64_t k = 0; k < KEYS; k++) {
-      vf value = load(&s.values[k * s.width + d]);
-      for (int64_t r = 0; r < ROWS; r++) acc[r] += s.weights[(row + r) * KEYS + k] * value;
+      vf one = value(k, d);
+#pragma GCC unroll 4
+      for (int64_t r = 0; r < R; r++) acc[r] += s.weights[(row + r) * KEYS + k] * one;
     }
-    for (int64_t r = 0; r < ROWS; r++) store(&s.out[(row + r) * s.width + d], acc[r]);
+#pragma GCC unroll 4
+    for (int64_t r = 0; r < R; r++) store(&s.out[(row + r) * s.width + d], acc[r]);
   }
 }
 
@@ -122,37 +128,55 @@ struct Attention {
   int64_t stride, heads, kv_heads, size, block, window;
   float scale;
 
-  // The tokens from `position` on; past `end`, zeros. Asks the memory for those of `share` heads.
-  void locate(const Scratch& s, int64_t head, int64_t share, int64_t position, int64_t end,
-              Places& to) const {
+  // The tokens from `position` on; past `end`, zeros.
+  void locate(const Scratch& s, int64_t position, int64_t end, Places& to) const {
     const int64_t* from = table + position / block;
     for (int64_t k = 0, place = position % block; k < KEYS; k++) {
       bool there = position + k < end;
       int64_t at = there ? (*from * block + place) * kv_heads * size : 0;
       to.keys[k] = there ? keys + at : s.zeros.data();
       to.values[k] = there ? values + at : s.zeros.data();
-      for (int64_t d = head * size; there && d < (head + share) * size; d += LINE) {
-        __builtin_prefetch(to.keys[k] + d, 0, 2);
-        __builtin_prefetch(to.values[k] + d, 0, 2);
-      }
       if (++place == block) place = 0, from++;
     }
   }
 
-  // Read one head of KEYS keys and values.
-  void fetch(Scratch& s, int64_t head, const Places& from) const {
-    int64_t first = head * size;
+  // Read one head of KEYS keys, and ask the memory for the same of the next ones: little by little,
+  // or it would have to be waited for until it takes so many requests. The same for values.
+  void fetch_keys(Scratch& s, int64_t head, const Places& from, const Places& next) const {
     for (int64_t group = 0; group < KEYS; group += W)
       for (int64_t d = 0; d < size; d += LANES) {
         vf square[W];
-        for (int64_t k = 0; k < W; k++)
-          square[k] = packed(from.keys[group + k] + first + d, size - d);
+        for (int64_t k = 0; k < W; k++) {
+          square[k] = packed(from.keys[group + k] + head * size + d, size - d);
+          __builtin_prefetch(next.keys[group + k] + head * size + d, 0, 2);
+        }
         transpose(square);
         for (int64_t k = 0; k < W; k++) store(&s.keys[(d / PACK + k) * KEYS + group], square[k]);
       }
+  }
+
+  vf value(int64_t head, const Places& from, const Places& next, int64_t k, int64_t d) const {
+    if (d % LINE == 0) __builtin_prefetch(next.values[k] + head * size + d, 0, 2);
+    return load(from.values[k] + head * size + d, std::max<int64_t>(0, size - d));
+  }
+
+  void fetch_values(Scratch& s, int64_t head, const Places& from, const Places& next) const {
     for (int64_t k = 0; k < KEYS; k++)
       for (int64_t d = 0; d < size; d += W)
-        store(&s.values[k * s.width + d], load(from.values[k] + first + d, size - d));
+        store(&s.values[k * s.width + d], value(head, from, next, k, d));
+  }
+
+  // Weigh KEYS tokens for up to R rows of one head. Values were fetched, or are read as they lie.
+  template <int R = ROWS>
+  void weigh(Scratch& s, int64_t row, int64_t count, int64_t at, bool fetched, int64_t head,
+             const Places& from, const Places& next) const {
+    if constexpr (R > 1)
+      if (count < R) return weigh<R - 1>(s, row, count, at, fetched, head, from, next);
+    score<R>(s, row, at, scale);
+    if (fetched)
+      accumulate<R>(s, row, [&](int64_t k, int64_t d) { return load(&s.values[k * s.width + d]); });
+    else
+      accumulate<R>(s, row, [&](int64_t k, int64_t d) { return value(head, from, next, k, d); });
   }
 
   // Tokens `first` to `first + count` of the step, the first of them at `position`, under `share`
@@ -160,40 +184,37 @@ struct Attention {
   void tile(Scratch& s, int64_t head, int64_t share, int64_t first, int64_t count,
             int64_t position) const {
     int64_t group = heads / kv_heads, rows = count * group, end = position + count;
-    int64_t padded = (rows + ROWS - 1) / ROWS * ROWS;
+    bool fetched = rows > ROWS;  // by fewer rows they are read only once
     int64_t at = (window ? std::max<int64_t>(0, position + 1 - window) : 0) / KEYS * KEYS;
     Places now, next;
-    locate(s, head, share, at, end, now);
+    locate(s, at, end, now);
     for (int64_t h = 0; h < share; h++)
-      for (int64_t r = 0; r < padded; r++) {
-        bool real = r < rows;
-        int64_t row = h * padded + r;
+      for (int64_t r = 0; r < rows; r++) {
+        int64_t row = h * rows + r;
         const T* q =
             query + (first + r / group) * stride + ((head + h) * group + r % group) * size;
         T* kept = &s.query[row * s.width];
-        std::fill(kept, kept + s.width, T{});
-        if (real) std::copy(q, q + size, kept);
+        std::fill(std::copy(q, q + size, kept), kept + s.width, T{});
         std::fill(&s.out[row * s.width], &s.out[row * s.width] + s.width, 0.f);
         s.best[row] = NONE;
         s.total[row] = 0.f;
-        s.end[row] = real ? position + r / group + 1 : 0;
+        s.end[row] = position + r / group + 1;
         s.first[row] = window ? std::max<int64_t>(0, s.end[row] - window) : 0;
       }
     for (; at < end; at += KEYS) {
-      if (at + KEYS < end) locate(s, head, share, at + KEYS, end, next);
+      locate(s, std::min(at + KEYS, end), end, next);
       for (int64_t h = 0; h < share; h++) {
-        fetch(s, head + h, now);
-        for (int64_t r = h * padded; r < (h + 1) * padded; r += ROWS) {
-          score(s, r, at, scale);
-          accumulate(s, r);
-        }
+        fetch_keys(s, head + h, now, next);
+        if (fetched) fetch_values(s, head + h, now, next);
+        for (int64_t r = 0; r < rows; r += ROWS)
+          weigh(s, h * rows + r, rows - r, at, fetched, head + h, now, next);
       }
       now = next;
     }
     for (int64_t h = 0; h < share; h++)
       for (int64_t r = 0; r < rows; r++)
         for (int64_t d = 0; d < size; d += W) {
-          int64_t row = h * padded + r, to = (head + h) * group + r % group;
+          int64_t row = h * rows + r, to = (head + h) * group + r % group;
           vf mean = load(&s.out[row * s.width + d]) / s.total[row];
           store(out + ((first + r / group) * heads + to) * size + d, mean, size - d);
         }

@@ -232,7 +232,7 @@ void attend(const T* query, int64_t stride, const T* keys, const T* values, T* o
       int64_t count = std::min(TILE, stop - t);
       int64_t share = num_spans >= 4 * threads && count * group <= FEW ? kv_heads : 1;
       for (int64_t h = 0; h < kv_heads; h += share) items.push_back({s, t, count, h, share});
-      most = std::max(most, share * ((count * group + ROWS - 1) / ROWS * ROWS));
+      most = std::max(most, share * count * group);
     }
   int64_t number = items.size();
 #pragma omp parallel num_threads(threads) if (tiles > 1 || spans[2] > ALONE)
