@@ -13,7 +13,6 @@ from transformers import PreTrainedModel
 
 from cluster_router.wire.errors import ModelError
 from lm_workers.adapters import AdapterBank, RowSlots
-from lm_workers.attention import PAGED
 from lm_workers.graphs import Decoded, DecodeGraphs, Recorder
 from lm_workers.inputs import InputBuilder, StepInputs
 from lm_workers.kv_cache import KVCache
@@ -80,7 +79,7 @@ class ModelRunner:
         kernels: Kernels,
         record: Recorder | None = None,
     ) -> None:
-        self._kernels, self._rows, self._min_rows = kernels, RowSlots(), layout.min_rows
+        self._rows, self._min_rows = RowSlots(), layout.min_rows
         # Torch's operations find the device of their tensors; Triton's kernels run on the thread's.
         self._device = torch.cuda.device(model.device) if model.device.type == "cuda" else None
         self._inputs = InputBuilder(cache, block_size, model.device)
@@ -90,9 +89,8 @@ class ModelRunner:
         with widened(model, dtype):
             reference = self._reference(model, len(cache.keys[0]) // block_size - 1, block_size)
         self.head = AdaptedHead(model.get_output_embeddings(), layout, kernels, bank)
-        install(model, layout, kernels, bank, self._rows)
-        model.set_attn_implementation(PAGED)
-        self._body = model.base_model
+        self._body = install(model, layout, kernels, bank, self._rows)
+        self._config = model.config
         with self._device or nullcontext():
             self._check_same(*reference, block_size)
         self._graphs: DecodeGraphs | None = None
@@ -103,7 +101,7 @@ class ModelRunner:
 
     def check_context(self, max_context: int) -> None:
         """Refuse a longest text with which steps would not do; see `check_rope`."""
-        check_rope(self._body.config, max_context)
+        check_rope(self._config, max_context)
 
     @torch.inference_mode()
     def step(self, batch: Batch) -> StepOutput:
@@ -142,14 +140,7 @@ class ModelRunner:
     def _hidden(self, inputs: StepInputs) -> torch.Tensor:
         """Final hidden states [T, d]."""
         self._rows.tokens = inputs.slots
-        hidden: torch.Tensor = self._body(
-            input_ids=inputs.tokens[None],
-            position_ids=inputs.positions[None],
-            use_cache=False,
-            paged=inputs.paged,
-            kernels=self._kernels,
-        ).last_hidden_state[0]
-        return hidden
+        return self._body(inputs.tokens, inputs.positions, inputs.paged)
 
     def _enough(self, rows: Sequence[T]) -> Sequence[T]:
         """Repeat a lone row where it would be summed in another order than rows in company."""

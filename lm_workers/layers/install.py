@@ -10,7 +10,9 @@ from transformers.pytorch_utils import Conv1D
 
 from cluster_router.wire.errors import DeltaError, ModelError
 from lm_workers.adapters import AdapterBank, RowSlots
-from lm_workers.layers.decoder import DecoderLayer, is_family
+from lm_workers.attention import PAGED
+from lm_workers.layers.body import StackBody, TransformersBody
+from lm_workers.layers.decoder import DecoderLayer, is_family, is_family_config
 from lm_workers.layers.kernels import Kernels
 from lm_workers.layers.linear import (
     LinearGroup,
@@ -28,10 +30,11 @@ def install(
     kernels: Kernels,
     bank: AdapterBank | None,
     rows: RowSlots,
-) -> None:
+) -> StackBody | TransformersBody:
     """Replace the decoder layers of families we know, and the linear layers of any other.
 
-    A model that has no other layers becomes one `DecoderStack`.
+    Returns:
+        All but the head. The layers of a model that has no other ones are one `DecoderStack`.
 
     Raises:
         ModelError: the update names a layer that the model has not, or has in another size.
@@ -42,10 +45,13 @@ def install(
         installer.replace_layer(name)
     for name in _names(model, lambda module: isinstance(module, nn.Linear | Conv1D)):
         installer.replace_linear(name)
-    layers = getattr(model.base_model, "layers", ())
-    if layers and all(isinstance(layer, DecoderLayer) for layer in layers):
+    model.set_attn_implementation(PAGED)
+    base = model.base_model
+    layers = getattr(base, "layers", ())
+    if is_family_config(model.config) and all(isinstance(one, DecoderLayer) for one in layers):
         stack = DecoderStack(layers, rows, taped=layout.taped and kernels.taped)
-        model.base_model.layers = nn.ModuleList([stack])
+        return StackBody(base, stack, kernels)
+    return TransformersBody(base, kernels)
 
 
 class Installer:

@@ -13,6 +13,7 @@ from traffic_cases import CONFIG, answers, mixed, prompts, request, update_of
 
 from lm_workers.build import build_engine
 from lm_workers.engine import Engine
+from lm_workers.layers.body import StackBody
 from lm_workers.layers.native import NativeKernels
 from lm_workers.layers.stack import DecoderStack
 from lm_workers.layers.tape import Memory, Tape
@@ -55,6 +56,16 @@ def test_played_steps_give_the_tokens_of_computed_ones(
     assert answers(engine, again) == found
     assert len(played) == count
     assert answers(engine, mixed([None])) != found
+
+
+@pytest.mark.parametrize(
+    ("family", "stacked"), [("llama", True), ("mistral", True), ("gpt2", False)]
+)
+def test_a_model_of_the_family_goes_past_transformers(
+    tiny_checkpoints: dict[str, Path], family: str, stacked: bool
+) -> None:
+    engine = build_engine(tiny_checkpoints[family], CONFIG)
+    assert isinstance(engine._runner._body, StackBody) == stacked
 
 
 def test_large_steps_are_computed(
