@@ -52,7 +52,7 @@ class StackBody(nn.Module):
     def __init__(self, model: Any, stack: DecoderStack, kernels: Kernels) -> None:
         super().__init__()
         self.stack, self._kernels = stack, kernels
-        self._embedding = model.embed_tokens
+        self.embedding = model.embed_tokens
         self._rotary = model.rotary_emb.forward
         self._norm, self._eps = model.norm.weight.data, float(model.norm.variance_epsilon)
 
@@ -60,7 +60,7 @@ class StackBody(nn.Module):
         self, tokens: torch.Tensor, positions: torch.Tensor, paged: PagedStep
     ) -> torch.Tensor:
         """tokens [T] at positions [T] -> [T, d]."""
-        hidden = self._embedding(tokens[None])
+        hidden = self.embedding(tokens[None])
         rotary = self._rotary(hidden, positions[None])
         hidden = self.stack.forward(hidden, position_embeddings=rotary, paged=paged)
         return self._kernels.rms_norm(hidden[0], self._norm, self._eps)

@@ -62,4 +62,4 @@ def test_packed_weights_replace_the_plain_ones(tiny_llama: Path) -> None:
     engine = build_engine(tiny_llama, EngineConfig(dtype="bfloat16", cpu_threads=1))
     parameters = engine._runner._body.named_parameters()
     # Tokens are looked up in the embedding.
-    assert [name for name, one in parameters if one.dim() == 2] == ["embed_tokens.weight"]
+    assert [name for name, one in parameters if one.dim() == 2] == ["embedding.weight"]

@@ -58,9 +58,7 @@ def test_played_steps_give_the_tokens_of_computed_ones(
     assert answers(engine, mixed([None])) != found
 
 
-@pytest.mark.parametrize(
-    ("family", "stacked"), [("llama", True), ("mistral", True), ("gpt2", False)]
-)
+@pytest.mark.parametrize(("family", "stacked"), [("llama", True), ("qwen3", True), ("gpt2", False)])
 def test_a_model_of_the_family_goes_past_transformers(
     tiny_checkpoints: dict[str, Path], family: str, stacked: bool
 ) -> None:
