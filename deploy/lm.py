@@ -10,6 +10,7 @@ from typing import Any
 import ray
 from ray.serve.handle import DeploymentHandle
 
+from adapter_gen.update import SharedBases, UpdateSpec
 from cluster_router.console.reports import EngineReport, Place
 from cluster_router.wire.errors import UnavailableError
 from cluster_router.wire.types import TokenChunk, TokenizedRequest
@@ -24,7 +25,7 @@ from deploy.reporting import INTERVAL_S, EngineReporter, report_every
 from lm_workers.build import build_engine
 from lm_workers.device import in_passing_thread
 from lm_workers.engine import EngineStats
-from lm_workers.models import describe_model, resolve_model
+from lm_workers.models import ModelInfo, describe_model, resolve_model
 from lm_workers.vllm.config import VllmConfig
 from lm_workers.worker import LMWorker
 
@@ -45,8 +46,7 @@ class LMReplica:
         path = resolve_model(config.model)
         info = describe_model(path, config.name)
         self._base = info.fingerprint
-        bundle = load_bundle(config, info)
-        update = None if bundle is None else (bundle.spec, bundle.bases)
+        update, hypernetwork = in_passing_thread(partial(_load_update, config, info))
         build = partial(build_engine, path, config.engine, update)
         # vLLM sets up its threads and processes itself, from the thread that builds it.
         foreign = isinstance(config.engine, VllmConfig)
@@ -54,8 +54,8 @@ class LMReplica:
         self._worker = LMWorker(
             engine,
             RemoteGenerator(generator),
-            None if bundle is None else bundle.spec,
-            None if bundle is None else bundle.hypernetwork_id,
+            None if update is None else update[0],
+            hypernetwork,
             patience_s=config.generator.patience_s,
             niceness=lm_niceness(config.engine),
             chunks_per_s=lm_chunks_per_s(config),
@@ -124,3 +124,13 @@ class LMReplica:
         """Let Serve replace a replica whose engine thread has died."""
         if not self._worker.alive:
             raise UnavailableError("the engine's thread has ended")
+
+
+def _load_update(
+    config: AppConfig, info: ModelInfo
+) -> tuple[tuple[UpdateSpec, SharedBases] | None, str | None]:
+    """What the updates' parts are that all share, and the id of who generates the others."""
+    bundle = load_bundle(config, info)
+    if bundle is None:
+        return None, None
+    return (bundle.spec, bundle.bases), bundle.hypernetwork_id
