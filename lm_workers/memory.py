@@ -25,7 +25,7 @@ class LargePages:
     """Memory in large pages, where the system has them, for what is read from end to end.
 
     A step reads all weights once. In pages of 4 KiB the CPU looks up where each of tens of
-    thousands lies, and waits for that about a fifth of the step.
+    thousands lies, which takes up to a quarter of the products' time (docs/guides/performance.md).
 
     Little pieces lie side by side in chunks of the system's memory, large ones have one of their
     own. A chunk goes back when none of its pieces is in use any more, but for the newest.
