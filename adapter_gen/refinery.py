@@ -19,14 +19,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from adapter_gen.hypernetwork import Generated
 from adapter_gen.refine import Prompt, RefineConfig, Refiner
 from adapter_gen.update import LoraDelta
-from cluster_router.wire.types import AdapterKey, Conditioning
+from cluster_router.wire.types import COMMON, AdapterKey, Conditioning, Place
 
 IntArray = NDArray[np.int32]
-Place = tuple[str, int]
-"""A namespace and the id of a cluster in it, or COMMON."""
-COMMON = -1
-"""In place of a cluster: what is common to all of a namespace."""
-
 Generate = Callable[[AdapterKey, Conditioning], LoraDelta]
 Recall = Callable[[AdapterKey, Place], LoraDelta | None]
 Updates = dict[Place, tuple[AdapterKey, Generated]]

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import NoReturn, Protocol
 
 from adapter_gen.codec import encode_delta
-from adapter_gen.refinery import COMMON, ClusterRefinery, Offered, Place, RefineryConfig
+from adapter_gen.refinery import ClusterRefinery, Offered, RefineryConfig
 from adapter_gen.update import UpdateSpec
+from cluster_router.wire.types import COMMON, Place
 
 _MOST_WAITING = 4096
 

@@ -12,9 +12,7 @@ from typing import NoReturn
 
 from cluster_router.files import Folder, digest
 from cluster_router.wire.errors import BundleError
-
-Place = tuple[str, int]
-"""A namespace and the id of a cluster in it, or -1 for what is common to all of them."""
+from cluster_router.wire.types import Place
 
 _NAME = re.compile(r"refined-([0-9a-f]{16})-(-1|\d{1,18})-(\d{6})-([0-9a-f]{16})\.safetensors")
 

@@ -19,13 +19,13 @@ from adapter_gen.bundle import Bundle
 from adapter_gen.codec import decode_delta
 from adapter_gen.generator import AdapterGenerator
 from adapter_gen.refine import Refiner
-from adapter_gen.refinery import ClusterRefinery, Offered, Place, last_tokens
+from adapter_gen.refinery import ClusterRefinery, Offered, last_tokens
 from adapter_gen.refinery_worker import RefineryStatus, RefineryWorker
 from adapter_gen.update import LoraDelta, UpdateSpec
 from cluster_router.outbox import Outbox
 from cluster_router.refinements import NewestRefinements, Refinement, RefinementStore
 from cluster_router.wire.errors import ConfigError, UnavailableError
-from cluster_router.wire.types import AdapterKey, Observation
+from cluster_router.wire.types import AdapterKey, Observation, Place
 from deploy.config import AppConfig
 from deploy.learning import check_clusters, clusters_name, clusters_uri
 from deploy.logs import join_serve

@@ -52,13 +52,16 @@ class UpdateTargets:
 
     @cached_property
     def pieces(self) -> torch.Tensor:
-        """`u` in pieces of `PIECE` columns, [N, r, PIECE], to be read as one stream.
+        """`u` in pieces of `PIECE` columns, [N, r / P, PIECE, P], to be read as one stream.
 
-        A site's last piece is filled up with zeros.
+        P numbers of a column, as many as fit in 4 bytes, lie side by side. Zeros fill up a site's
+        last piece, and the rank.
         """
+        pack = 4 // self.u.itemsize
         parts = self.u.split(self.targets[:, 2].tolist(), 1)
-        padded = [F.pad(part, (0, -part.shape[1] % PIECE)) for part in parts]
-        return torch.cat([part.unflatten(1, (-1, PIECE)).transpose(0, 1) for part in padded])
+        padded = [F.pad(one, (0, -one.shape[1] % PIECE, 0, -len(one) % pack)) for one in parts]
+        pieces = [one.reshape(-1, pack, one.shape[1] // PIECE, PIECE) for one in padded]
+        return torch.cat([one.permute(2, 0, 3, 1) for one in pieces]).contiguous()
 
 
 class RowSlots:

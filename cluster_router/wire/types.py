@@ -20,6 +20,12 @@ FloatArray = NDArray[np.float32]
 DEFAULT_NAMESPACE = ""
 """Namespace of requests that name none."""
 
+Place = tuple[str, int]
+"""A namespace and the id of a cluster in it, or COMMON."""
+
+COMMON = -1
+"""In place of a cluster: what is common to all of a namespace."""
+
 _LEAST_TEMPERATURE = 1e-6
 """What is far below it is zero in an engine's float32, and no divisor."""
 

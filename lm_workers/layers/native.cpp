@@ -47,32 +47,40 @@ void rotate(const T* x, const T* cosine, const T* sine, int64_t size, T* out) {
   }
 }
 
+// Numbers of a rank, as many as are multiplied at a time filled up.
+inline int64_t filled(int64_t rank) { return (rank + PACK - 1) / PACK * PACK; }
+
 // y += U core (V x) of one site, for up to R rows; V x is `low`. U comes transposed, in pieces
-// [rank, PIECE].
+// [filled(rank) / PACK, PIECE, PACK].
 template <int64_t R>
 void update_tile(T* y, int64_t y_stride, const T* low, int64_t low_stride, int64_t rows,
                  const T* cores, int64_t cores_stride, const int64_t* slots, const T* pieces,
                  int64_t rank, int64_t width) {
-  std::vector<float> inner(R * rank);
+  const int64_t room = filled(rank);
+  std::vector<T> inner(R * room);
+  std::vector<float> sums(rank);
   for (int64_t r = 0; r < rows; r++) {
     const T *core = cores + slots[r] * cores_stride, *from = low + r * low_stride;
     for (int64_t i = 0; i < rank; i++) {
       vf acc{};
       for (int64_t j = 0; j < rank; j += W)
         acc += load(core + i * rank + j, rank - j) * load(from + j, rank - j);
-      inner[r * rank + i] = sum(acc);
+      sums[i] = sum(acc);
     }
+    for (int64_t i = 0; i < rank; i += W)
+      store(&inner[r * room + i], load(&sums[i], rank - i), rank - i);
   }
   for (int64_t o = 0; o < width; o += 2 * W) {
     vf acc[R][2] = {};
     int64_t left[2] = {width - o, std::max<int64_t>(0, width - o - W)};
-    const T* from = pieces + o / PIECE * PIECE * rank + o % PIECE;
-    for (int64_t j = 0; j < rank; j++, from += PIECE) {
-      vf weights[2] = {load(from), load(from + W)};
+    const T* from = pieces + o / PIECE * PIECE * room + o % PIECE * PACK;
+    for (int64_t j = 0; j < room; j += PACK, from += PIECE * PACK) {
+      vf weights[2] = {packed(from, LANES), packed(from + LANES, LANES)};
 #pragma GCC unroll 8
       for (int64_t r = 0; r < R; r++)
 #pragma GCC unroll 2
-        for (int64_t c = 0; c < 2; c++) acc[r][c] += inner[r * rank + j] * weights[c];
+        for (int64_t c = 0; c < 2; c++)
+          acc[r][c] = dot(acc[r][c], weights[c], &inner[r * room + j]);
     }
 #pragma GCC unroll 8
     for (int64_t r = 0; r < R; r++)
@@ -114,7 +122,7 @@ struct Late {
       tile(y + target[1], y_stride, low + first * stride + g * update->rank, stride, count,
            update->cores + target[0] * square, update->num_sites * square, mine, pieces,
            update->rank, target[2]);
-      pieces += (target[2] + PIECE - 1) / PIECE * PIECE * update->rank;
+      pieces += (target[2] + PIECE - 1) / PIECE * PIECE * filled(update->rank);
     }
   }
 };

@@ -9,17 +9,15 @@ import torch
 from adapter_gen.hypernetwork import Generated
 from adapter_gen.refine import Refined
 from adapter_gen.refinery import (
-    COMMON,
     ClusterRefinery,
     CommonConfig,
     Offered,
-    Place,
     RefineryConfig,
     last_tokens,
 )
 from adapter_gen.update import LoraDelta
 from cluster_router.wire.errors import DeltaError, SetupError
-from cluster_router.wire.types import AdapterKey, Conditioning
+from cluster_router.wire.types import COMMON, AdapterKey, Conditioning, Place
 
 CONFIG = RefineryConfig(
     buffer=24,

@@ -15,17 +15,15 @@ from adapter_gen.codec import decode_delta
 from adapter_gen.hypernetwork import Generated
 from adapter_gen.refine import Refined
 from adapter_gen.refinery import (
-    COMMON,
     ClusterRefinery,
     CommonConfig,
     Offered,
-    Place,
     RefineryConfig,
 )
 from adapter_gen.refinery_worker import RefineryWorker
 from adapter_gen.update import LoraDelta, Site, UpdateSpec
 from cluster_router.wire.errors import DeltaError, SetupError
-from cluster_router.wire.types import AdapterKey, Conditioning
+from cluster_router.wire.types import COMMON, AdapterKey, Conditioning, Place
 
 SPEC = UpdateSpec("head", 4, 8, (Site("head", 8, 8),))
 CONFIG = RefineryConfig(

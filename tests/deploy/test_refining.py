@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from adapter_gen.codec import encode_delta
-from adapter_gen.refinery import COMMON, Offered
+from adapter_gen.refinery import Offered
 from adapter_gen.update import LoraDelta, Site, UpdateSpec
 from cluster_router.outbox import Outbox
 from cluster_router.refinements import RefinementStore
-from cluster_router.wire.types import AdapterKey, Assignment, Conditioning, Observation
+from cluster_router.wire.types import COMMON, AdapterKey, Assignment, Conditioning, Observation
 from deploy.config import AppConfig
 from deploy.refining import RouterRefining, _recall
 
