@@ -51,7 +51,7 @@ def test_rotate_and_store(
         assert_near(found, wanted)
 
 
-@pytest.mark.parametrize("rank", [4, 8, 16, 32])
+@pytest.mark.parametrize("rank", [4, 5, 8, 16, 32])
 def test_update(compiled: Carried, dtype: torch.dtype, rank: int) -> None:
     sites = torch.tensor([[2, 0, 40], [0, 56, 24]])
     targets = UpdateTargets(sites, normal(rank, 64, dtype=dtype, seed=1), torch.empty(0))
