@@ -129,7 +129,7 @@ class LMReplica:
 def _load_update(
     config: AppConfig, info: ModelInfo
 ) -> tuple[tuple[UpdateSpec, SharedBases] | None, str | None]:
-    """What the updates' parts are that all share, and the id of who generates the others."""
+    """The form and the shared parts of updates, and the id of what generates the rest."""
     bundle = load_bundle(config, info)
     if bundle is None:
         return None, None
