@@ -17,8 +17,7 @@ _LINE = 64
 
 def untouched(size: int) -> torch.Tensor:
     """Zeros, uint8 [size], that take memory only where something was written."""
-    fresh = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return torch.frombuffer(fresh, dtype=torch.uint8)
+    return torch.frombuffer(_mapped(max(1, size)), dtype=torch.uint8)[:size]
 
 
 class LargePages:
@@ -50,10 +49,14 @@ class LargePages:
 
 def _large(size: int) -> torch.Tensor:
     """Zeros, uint8 [size], that begin with a large page."""
-    fresh = mmap.mmap(-1, size + LARGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    fresh = _mapped(size + LARGE_PAGE)
     if hasattr(mmap, "MADV_HUGEPAGE"):  # Linux
         with contextlib.suppress(OSError):  # built without them
             fresh.madvise(mmap.MADV_HUGEPAGE)
     whole = torch.frombuffer(fresh, dtype=torch.uint8)
     begin = -whole.data_ptr() % LARGE_PAGE
     return whole[begin : begin + size]
+
+
+def _mapped(size: int) -> mmap.mmap:
+    return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)

@@ -64,6 +64,7 @@ def test_what_is_in_use_no_more_goes_back() -> None:
 
 
 def test_untouched_memory_takes_none() -> None:
+    assert untouched(0).shape == (0,)  # as of an empty tensor in a checkpoint
     before = resident()
     memory = untouched(500 * MB)
     assert resident() - before < 50 * MB
