@@ -194,7 +194,7 @@ def check_large_pages(setting: Path = LARGE_PAGES) -> Check:
         "large pages",
         "warn",
         chosen,
-        f"echo madvise | sudo tee {setting}; without, a CPU's engine is up to a fifth slower",
+        f"echo madvise | sudo tee {setting}; without, an engine on a CPU is slower",
     )
 
 
