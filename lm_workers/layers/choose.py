@@ -12,7 +12,14 @@ from lm_workers.layers.compiler import CompileError
 from lm_workers.layers.kernels import Kernels
 from lm_workers.layers.linear import PackedProduct, PlainProduct, Product
 from lm_workers.layers.native import NATIVE_DTYPES, NativeKernels
-from lm_workers.layers.panels import PairProduct, PanelProduct, load_floats, load_pairs
+from lm_workers.layers.panels import (
+    PairProduct,
+    PanelProduct,
+    TileProduct,
+    load_floats,
+    load_pairs,
+    load_tiles,
+)
 from lm_workers.layers.reference import ReferenceKernels
 
 log = logging.getLogger(__name__)
@@ -35,9 +42,11 @@ def choose_layout(name: LayoutName, dtype: torch.dtype, device: str) -> type[Pro
             reason = str(error)
     if device == "cpu" and dtype == torch.bfloat16:
         try:
-            if not torch.cpu._is_amx_tile_supported():  # whose tiles oneDNN knows, and ours do not
-                load_pairs()
-                return PairProduct
+            if torch.cpu._is_amx_tile_supported():
+                load_tiles()
+                return TileProduct
+            load_pairs()
+            return PairProduct
         except CompileError as error:
             log.info("bfloat16 products are oneDNN's: %s", error)
         if _onednn_has_bfloat16():

@@ -58,7 +58,8 @@ class PlainProduct(Product):
 class PackedProduct(Product):
     """The same numbers as `PlainProduct`, from weights that oneDNN has laid out for its kernels.
 
-    Without it every call lays them out again, which takes longer than a small product.
+    Without it every call lays them out again, which takes longer than a small product. Where a CPU
+    multiplies tiles (AMX) the order of its sums depends on the number of rows.
     """
 
     min_rows = 2

@@ -1,4 +1,4 @@
-"""Products from weights laid out in panels, by the C++ of product.cpp and product_bf16.cpp."""
+"""Products from weights laid out in panels, by the C++ of the product*.cpp beside this file."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from functools import cache
 
 import torch
 
-from lm_workers.layers.compiler import compile_library
+from lm_workers.layers.compiler import CompileError, compile_library
 from lm_workers.layers.linear import Product
 from lm_workers.layers.tape import Function, empty
 from lm_workers.memory import LargePages
@@ -84,16 +84,16 @@ class PanelProduct(_Panels):
         return panels, Function(library, name, _SIGNATURE)
 
 
-class PairProduct(_Panels):
-    """The numbers of `PlainProduct` in bfloat16, up to the order of a sum, by the instruction of a
-    CPU that multiplies pairs of them and adds up in float32.
+class _HalfPanels(_Panels):
+    """In bfloat16."""
 
-    Raises:
-        CompileError: the CPU has no such instruction, or no compiler takes the source.
-    """
+    @staticmethod
+    @abstractmethod
+    def _load() -> ctypes.CDLL:
+        """The functions."""
 
     def _lay_out(self, weight: torch.Tensor) -> tuple[torch.Tensor, Function]:
-        library = load_pairs()
+        library = self._load()
         size = library.panels_size(self._outputs, self._inputs)
         panels = _MEMORY.zeros(size, torch.int32)
         library.lay_out(
@@ -101,6 +101,32 @@ class PairProduct(_Panels):
             panels.data_ptr(), self._threads,
         )  # fmt: skip
         return panels, Function(library, "product", _SIGNATURE)
+
+
+class PairProduct(_HalfPanels):
+    """The numbers of `PlainProduct` in bfloat16, up to the order of a sum, by the instruction of a
+    CPU that multiplies pairs of them and adds up in float32.
+
+    Raises:
+        CompileError: the CPU has no such instruction, or no compiler takes the source.
+    """
+
+    @staticmethod
+    def _load() -> ctypes.CDLL:
+        return load_pairs()
+
+
+class TileProduct(_HalfPanels):
+    """The same by the instruction of a CPU that multiplies tiles of 16 rows.
+
+    Raises:
+        CompileError: the CPU has no such instruction, no compiler takes the source, or the system
+            does not let this process use it.
+    """
+
+    @staticmethod
+    def _load() -> ctypes.CDLL:
+        return load_tiles()
 
 
 def is_bfloat16(weight: torch.Tensor) -> bool:
@@ -123,6 +149,17 @@ def load_pairs() -> ctypes.CDLL:
     """The functions for bfloat16. Raises CompileError where they cannot run."""
     library = compile_library("product_bf16.cpp", "BFLOAT16")
     _declare(library, 0)
+    return library
+
+
+@cache
+def load_tiles() -> ctypes.CDLL:
+    """The functions for bfloat16 in tiles. Raises CompileError where they cannot run."""
+    library = compile_library("product_amx.cpp", "BFLOAT16")
+    _declare(library, 0)
+    library.request.restype = _INT
+    if library.request():
+        raise CompileError("the system does not let this process use the CPU's tiles (AMX)")
     return library
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lm_workers.layers.choose import choose_layout
-from lm_workers.layers.panels import PairProduct, PanelProduct
+from lm_workers.layers.panels import PairProduct, PanelProduct, TileProduct
 from lm_workers.models import load_causal_lm, load_copied
 from lm_workers.models.info import load_config
 from lm_workers.models.load import DTYPES
@@ -44,7 +44,8 @@ print(peak() - libraries)
 def test_an_engine_takes_little_more_than_the_stored_weights(
     cxx: str, default_model: Path, dtype: str
 ) -> None:
-    if choose_layout("auto", DTYPES[dtype], "cpu") not in (PanelProduct, PairProduct):
+    layout = choose_layout("auto", DTYPES[dtype], "cpu")
+    if layout not in (PanelProduct, PairProduct, TileProduct):
         pytest.skip(f"this CPU does not compute in {dtype}, or torch does it for it")
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, str(default_model), dtype],

@@ -20,16 +20,27 @@ from lm_workers.layers import compiler
 from lm_workers.layers.choose import choose_kernels, choose_layout
 from lm_workers.layers.kernels import LateUpdate
 from lm_workers.layers.linear import LinearGroup, PackedProduct, PlainProduct, Product, RowUpdate
-from lm_workers.layers.panels import PairProduct, PanelProduct, is_bfloat16, load_floats
+from lm_workers.layers.panels import (
+    PairProduct,
+    PanelProduct,
+    TileProduct,
+    is_bfloat16,
+    load_floats,
+    load_tiles,
+)
 from lm_workers.layers.reference import ReferenceKernels
 
 pairs = pytest.mark.skipif(not torch.cpu._is_avx512_bf16_supported(), reason="no AVX-512 BF16 here")
+tiles = pytest.mark.skipif(not torch.cpu._is_amx_tile_supported(), reason="no AMX here")
 packs = pytest.mark.skipif(
     not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="no bfloat16 in oneDNN here"
 )
 
 
 @packs
+@pytest.mark.skipif(
+    torch.cpu._is_amx_tile_supported(), reason="oneDNN's sums depend on the number of rows here"
+)
 @torch.inference_mode()
 @pytest.mark.parametrize("shape", [(576, 960), (1536, 576), (32, 64)])
 def test_packed_weights_give_the_same_bits_for_any_number_of_rows(shape: tuple[int, int]) -> None:
@@ -66,36 +77,68 @@ def test_panels_give_the_numbers_of_the_plain_layout_and_the_same_bits_for_any_n
     assert torch.equal(PanelProduct(weight.T.contiguous().T, bias)(x), found)
 
 
-@pairs
 @torch.inference_mode()
+@pytest.mark.parametrize(
+    "layout", [pytest.param(PairProduct, marks=pairs), pytest.param(TileProduct, marks=tiles)]
+)
 @pytest.mark.parametrize("shape", [(576, 960), (1536, 576), (33, 65), (8, 5)])
-def test_pairs_give_the_numbers_of_the_plain_layout_and_the_same_bits_for_any_number_of_rows(
-    cxx: str, shape: tuple[int, int]
+def test_pairs_and_tiles_give_the_plain_numbers_and_the_same_bits_for_any_number_of_rows(
+    cxx: str, shape: tuple[int, int], layout: type[Product]
 ) -> None:
     torch.manual_seed(0)
     weight, bias = torch.randn(shape[1], shape[0]).bfloat16(), torch.randn(shape[1]).bfloat16()
-    x = torch.randn(140, shape[0] + 3).bfloat16()[:, : shape[0]]
+    x = torch.randn(600, shape[0] + 3).bfloat16()[:, : shape[0]]
     expected = x.double() @ weight.double().T + bias.double()
-    pairs = PairProduct(weight, bias)
-    found = pairs(x)
+    product = layout(weight, bias)
+    found = product(x)
     assert found.dtype == torch.bfloat16
     # Of each number half a unit in the last place, and of the largest one what float32 sums lose.
     error = (found.double() - expected).abs() - 2**-8 * expected.abs()
     assert error.max() <= 5e-6 * expected.abs().max()
-    assert not torch.equal(found, PairProduct(weight, None)(x))
-    for rows in (*range(1, 14), 33):
-        assert torch.equal(pairs(x[:rows]), found[:rows])
-        assert torch.equal(pairs(x[-rows:]), found[-rows:])
-    assert torch.equal(PairProduct(weight.T.contiguous().T, bias)(x), found)
+    assert not torch.equal(found, layout(weight, None)(x))
+    for rows in (*range(1, 35), 47, 48, 49, 500):
+        assert torch.equal(product(x[:rows]), found[:rows])
+        assert torch.equal(product(x[-rows:]), found[-rows:])
+    assert torch.equal(layout(weight.T.contiguous().T, bias)(x), found)
+
+
+@tiles
+@torch.inference_mode()
+def test_tiles_and_onednn_take_turns(cxx: str) -> None:
+    weight = torch.randn(96, 64).bfloat16()
+    ours, theirs = TileProduct(weight, None), PlainProduct(weight, None)
+    for rows in (1, 40, 5, 64):
+        x = torch.randn(rows, 64).bfloat16()
+        found, expected = ours(x).float(), theirs(x).float()
+        assert (found - expected).abs().max() <= 2**-7 * expected.abs().max()
 
 
 @packs
-def test_where_the_cpu_has_no_pairs_onednn_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_the_cpu_has_no_pairs_or_tiles_onednn_computes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def refuse() -> None:
         raise compiler.CompileError("no such instruction")
 
     monkeypatch.setattr("lm_workers.layers.choose.load_pairs", refuse)
+    monkeypatch.setattr("lm_workers.layers.choose.load_tiles", refuse)
     assert choose_layout("auto", torch.bfloat16, "cpu") is PackedProduct
+
+
+@tiles
+def test_auto_multiplies_tiles_where_the_cpu_does(cxx: str) -> None:
+    assert choose_layout("auto", torch.bfloat16, "cpu") is TileProduct
+
+
+@tiles
+def test_a_system_that_keeps_tiles_to_itself_is_told_of(
+    cxx: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = compiler.compile_library("product_amx.cpp", "BFLOAT16")
+    monkeypatch.setattr(library, "request", lambda: -1)
+    monkeypatch.setattr("lm_workers.layers.panels.compile_library", lambda *_: library)
+    with pytest.raises(compiler.CompileError, match="does not let this process"):
+        load_tiles.__wrapped__()
 
 
 class LatestKernels(ReferenceKernels):
