@@ -142,13 +142,14 @@ struct Attention {
 
   // Read one head of KEYS keys, and ask the memory for the same of the next ones: little by little,
   // or it would have to be waited for until it takes so many requests. The same for values.
-  void fetch_keys(Scratch& s, int64_t head, const Places& from, const Places& next) const {
+  void fetch_keys(Scratch& s, int64_t head, const Places& from, const Places& next, bool first) const {
     for (int64_t group = 0; group < KEYS; group += W)
       for (int64_t d = 0; d < size; d += LANES) {
         vf square[W];
         for (int64_t k = 0; k < W; k++) {
           square[k] = packed(from.keys[group + k] + head * size + d, size - d);
           __builtin_prefetch(next.keys[group + k] + head * size + d, 0, 2);
+          if (first) __builtin_prefetch(from.values[group + k] + head * size + d, 0, 2);
         }
         transpose(square);
         for (int64_t k = 0; k < W; k++) store(&s.keys[(d / PACK + k) * KEYS + group], square[k]);
@@ -201,10 +202,10 @@ struct Attention {
         s.end[row] = position + r / group + 1;
         s.first[row] = window ? std::max<int64_t>(0, s.end[row] - window) : 0;
       }
-    for (; at < end; at += KEYS) {
+    for (bool first = true; at < end; at += KEYS, first = false) {
       locate(s, std::min(at + KEYS, end), end, next);
       for (int64_t h = 0; h < share; h++) {
-        fetch_keys(s, head + h, now, next);
+        fetch_keys(s, head + h, now, next, first);
         if (fetched) fetch_values(s, head + h, now, next);
         for (int64_t r = 0; r < rows; r += ROWS)
           weigh(s, h * rows + r, rows - r, at, fetched, head + h, now, next);
