@@ -10,7 +10,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from adapter_gen.update import SharedBases, UpdateSpec
 from cluster_router.wire.errors import ConfigError
 from lm_workers.adapters import AdapterBank
-from lm_workers.config import EngineConfig
+from lm_workers.config import SLOW_STEP, STEP, EngineConfig
 from lm_workers.detokenizer import TokenTexts
 from lm_workers.device import pick_device, usable_cores
 from lm_workers.engine import Engine, SteppedEngine
@@ -30,7 +30,7 @@ from lm_workers.models.info import load_config
 from lm_workers.prefix_cache import PrefixCache
 from lm_workers.runner import ModelRunner
 from lm_workers.sampler import Sampler
-from lm_workers.scheduler import Scheduler
+from lm_workers.scheduler import Scheduler, StepBudget
 from lm_workers.vllm.build import build_vllm_engine
 from lm_workers.vllm.config import VllmConfig
 
@@ -77,9 +77,8 @@ def build_engine(
     cache = KVCache(model.config, pool.num_blocks * config.block_size, dtype, device)
     bank = None if update is None else AdapterBank(*update, config.max_adapters, dtype, device)
     kernels = choose_kernels(config.kernels, dtype, device)
-    chunk = config.prefill_chunk or prefill_chunk(device)
-    chunked = config.model_copy(update={"prefill_chunk": chunk})
-    scheduler = Scheduler(chunked, pool, bank, _context_cost(model))
+    budget = step_budget(config, device, dtype)
+    scheduler = Scheduler(config, budget, pool, bank, _context_cost(model))
     eos = frozenset(info.eos_token_ids)
     return Engine(
         runner=ModelRunner(
@@ -99,9 +98,14 @@ def build_engine(
     )
 
 
-def prefill_chunk(device: str) -> int:
-    """Prompt tokens that a step computes beside streams, where nobody has said how many."""
-    return _CPU_CHUNK if device == "cpu" else _GPU_CHUNK
+def step_budget(config: EngineConfig, device: str, dtype: torch.dtype) -> StepBudget:
+    """Tokens of a step: what the settings say, or what suits the device."""
+    cpu = device == "cpu"
+    usual = SLOW_STEP if cpu and dtype == torch.float32 else STEP
+    return StepBudget(
+        all=config.max_batch_tokens or usual,
+        prompts=config.prefill_chunk or (_CPU_CHUNK if cpu else _GPU_CHUNK),
+    )
 
 
 def _load_model(

@@ -11,6 +11,9 @@ PositiveInt = Annotated[int, Field(gt=0)]
 LayoutName = Literal["auto", "plain", "packed"]
 KernelsName = Literal["auto", "reference", "native"]
 
+STEP, SLOW_STEP = 1024, 512
+"""Tokens of a step where nobody has said how many; the second in float32 on a CPU."""
+
 
 class EngineConfig(BaseModel):
     """How one LM replica runs.
@@ -20,7 +23,9 @@ class EngineConfig(BaseModel):
         device: `auto` takes CUDA where there is one.
         dtype: `auto` is bfloat16 where the device computes in it natively, else float32.
         max_sequences: requests that run at the same time; more wait in their cluster's queue.
-        max_batch_tokens: tokens in one step.
+        max_batch_tokens: tokens in one step, and so of the prompts that are read together while no
+            stream is running. None is 1,024, and 512 in float32 on a CPU, which more would keep for
+            seconds.
         prefill_chunk: prompt tokens in one step while streams are running; those far into a prompt
             count for more. Bounds how long a prompt can hold streams up. None is 32 on a CPU, where
             more was not faster, and 512 on a GPU, where it was not measured.
@@ -49,7 +54,7 @@ class EngineConfig(BaseModel):
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     max_sequences: PositiveInt = 32
-    max_batch_tokens: PositiveInt = 512
+    max_batch_tokens: PositiveInt | None = None
     prefill_chunk: PositiveInt | None = None
     max_context: PositiveInt | None = None
     block_size: PositiveInt = 16
@@ -75,9 +80,10 @@ class EngineConfig(BaseModel):
 
     @model_validator(mode="after")
     def _every_running_sequence_fits_in_a_step(self) -> EngineConfig:
-        if self.max_batch_tokens < self.max_sequences:
+        tokens = self.max_batch_tokens or SLOW_STEP
+        if tokens < self.max_sequences:
             raise ValueError(
-                f"max_batch_tokens ({self.max_batch_tokens}) must be at least max_sequences "
+                f"max_batch_tokens ({tokens}) must be at least max_sequences "
                 f"({self.max_sequences}), so that every running stream gets a token in each step"
             )
         return self

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections import OrderedDict, deque
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import chain
 from math import ceil
 
@@ -29,11 +30,25 @@ from lm_workers.prefix_cache import extend_keys
 from lm_workers.sequence import Batch, Sequence, Span, Status
 
 
+@dataclass(frozen=True, slots=True)
+class StepBudget:
+    """Tokens that a step computes at most.
+
+    Attributes:
+        all: of it.
+        prompts: of prompts, while streams are running.
+    """
+
+    all: int
+    prompts: int
+
+
 class Scheduler:
     """Queues by cluster, admission, chunked prefill and preemption.
 
     Args:
-        config: limits.
+        config: limits of requests.
+        budget: limits of a step.
         pool: KV blocks.
         bank: resident updates; None serves the base model alone.
         context_cost: what it costs a token to attend to one other, over what all else costs it.
@@ -42,11 +57,12 @@ class Scheduler:
     def __init__(
         self,
         config: EngineConfig,
+        budget: StepBudget,
         pool: BlockPool,
         bank: AdapterBank | None,
         context_cost: float = 0.0,
     ) -> None:
-        self._config, self._pool, self._bank = config, pool, bank
+        self._config, self._budget, self._pool, self._bank = config, budget, pool, bank
         self._context_cost = context_cost
         self.running: list[Sequence] = []
         self.queues: OrderedDict[str, deque[Sequence]] = OrderedDict()
@@ -104,12 +120,12 @@ class Scheduler:
     def schedule(self, now: float) -> Batch:
         """Choose the next step's spans; empty when there is nothing to do."""
         self._plan = {}
-        room, admits = self._config.max_batch_tokens, self.num_waiting
+        room, admits = self._budget.all, self.num_waiting
         for sequence in [one for one in self.running if one.pending == 1]:
             room -= self._compute(sequence, room)
         self._beside_streams = bool(self._plan)
         if self._beside_streams:
-            room = min(room, self._config.prefill_chunk or room)  # build_engine fills it in
+            room = min(room, self._budget.prompts)
         prompts = [one for one in self.running if one.pending > 1]
         for sequence in prompts[:1]:
             room -= self._prefill(sequence, -(-room // 2))

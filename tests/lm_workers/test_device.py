@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from cluster_router.wire.types import Assignment, SamplingParams, TokenizedRequest
-from lm_workers.build import build_engine, prefill_chunk
+from lm_workers.build import build_engine, step_budget
 from lm_workers.config import EngineConfig
 from lm_workers.device import in_passing_thread, usable_cores
 
@@ -68,9 +68,10 @@ def test_an_engine_computes_on_the_usable_cores(
 
 
 def test_a_gpu_computes_more_of_a_prompt_beside_streams(tiny_llama: Path) -> None:
-    assert prefill_chunk("cuda:0") > prefill_chunk("cpu")
     config = EngineConfig(device="cpu", dtype="float32", kv_cache_tokens=1024, cpu_threads=2)
-    for asked, expected in ((None, prefill_chunk("cpu")), (7, 7)):
+    usual = step_budget(config, "cpu", torch.float32).prompts
+    assert step_budget(config, "cuda:0", torch.float32).prompts > usual
+    for asked, expected in ((None, usual), (7, 7)):
         engine = build_engine(tiny_llama, config.model_copy(update={"prefill_chunk": asked}))
         sampling = SamplingParams(max_tokens=40, temperature=0, ignore_eos=True)
         for name, length in (("stream", 3), ("prompt", 60)):
@@ -80,6 +81,15 @@ def test_a_gpu_computes_more_of_a_prompt_beside_streams(tiny_llama: Path) -> Non
         [prompt] = [one for one in engine._scheduler.running if one.request_id == "prompt"]
         assert 0 < prompt.computed <= expected
         assert prompt.computed > expected // 2
+
+
+def test_a_step_without_streams_is_larger_where_it_does_not_take_seconds() -> None:
+    config = EngineConfig()
+    slow = step_budget(config, "cpu", torch.float32).all
+    assert step_budget(config, "cpu", torch.bfloat16).all > slow
+    assert step_budget(config, "cuda:0", torch.float32).all > slow
+    asked = config.model_copy(update={"max_batch_tokens": 40})
+    assert step_budget(asked, "cpu", torch.bfloat16).all == 40
 
 
 def threads() -> int:

@@ -11,6 +11,7 @@ from adapter_gen.update import HEAD, LoraDelta, Site, UpdateSpec
 from cluster_router.wire.errors import DeltaError, OverloadedError
 from cluster_router.wire.types import AdapterKey, SamplingParams
 from lm_workers.adapters import OFF, AdapterBank
+from lm_workers.build import step_budget
 from lm_workers.config import EngineConfig
 from lm_workers.kv_cache import BlockPool
 from lm_workers.scheduler import Scheduler
@@ -41,7 +42,9 @@ def scheduler(blocks: int = 100, adapters: int = 2, **config: object) -> Schedul
     settings = {"max_sequences": 4, "max_batch_tokens": 16, "block_size": 4, "max_wait_s": 1.0}
     bank = AdapterBank(SPEC, init_bases(SPEC, 0), adapters, torch.float32, "cpu")
     pool = BlockPool(blocks + 1, 4)
-    return Scheduler(EngineConfig.model_validate({**settings, **config}), pool, bank)
+    checked = EngineConfig.model_validate({**settings, **config})
+    budget = step_budget(checked, "cpu", torch.float32)
+    return Scheduler(checked, budget, pool, bank)
 
 
 def run(one: Scheduler, now: float) -> list[tuple[str, int]]:

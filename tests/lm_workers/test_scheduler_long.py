@@ -12,6 +12,7 @@ from adapter_gen.apply import init_bases
 from adapter_gen.update import HEAD, LoraDelta, Site, UpdateSpec
 from cluster_router.wire.types import AdapterKey, SamplingParams
 from lm_workers.adapters import AdapterBank
+from lm_workers.build import step_budget
 from lm_workers.config import EngineConfig
 from lm_workers.kv_cache import BlockPool
 from lm_workers.prefix_cache import PrefixCache
@@ -48,7 +49,9 @@ def scheduler(
     settings = {"max_sequences": 32, "max_wait_s": 10.0, "prefill_chunk": CHUNK, **config}
     bank = AdapterBank(SPEC, init_bases(SPEC, 0), adapters, torch.float32, "cpu")
     pool = BlockPool(1 + tokens // 16, 16, PrefixCache())
-    return Scheduler(EngineConfig.model_validate(settings), pool, bank, context_cost)
+    checked = EngineConfig.model_validate(settings)
+    budget = step_budget(checked, "cpu", torch.float32)
+    return Scheduler(checked, budget, pool, bank, context_cost)
 
 
 def advance(one: Scheduler, batch: Batch) -> list[Span]:
