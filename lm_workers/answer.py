@@ -9,21 +9,34 @@ from cluster_router.wire.types import TokenizedRequest
 from lm_workers.sequence import Sequence
 
 
-def check_request(request: TokenizedRequest, max_context: int, held: Container[str]) -> None:
+def check_request(
+    request: TokenizedRequest, max_context: int, vocabulary: int, held: Container[str]
+) -> None:
     """See that an engine can take `request`.
 
     Args:
         request: not queued yet.
         max_context: longest prompt plus output.
+        vocabulary: ids of tokens are below.
         held: ids of the requests that the engine has.
 
     Raises:
-        RequestError: the prompt is empty, or the id is in use.
+        RequestError: the prompt is empty or holds what is no token, or the id is in use.
         ContextLengthError: prompt and output exceed the context.
     """
     params, length = request.sampling, len(request.prompt_tokens)
     if not length:
         raise RequestError("the prompt has no tokens", "prompt")
+    wrong = [
+        one
+        for one in (min(request.prompt_tokens), max(request.prompt_tokens))
+        if not 0 <= one < vocabulary
+    ]
+    if wrong:
+        raise RequestError(
+            f"the prompt holds token id {wrong[0]}; this model's ids are 0..{vocabulary - 1}",
+            "prompt",
+        )
     if length + params.max_tokens > max_context:
         raise ContextLengthError(
             f"{length} prompt tokens and max_tokens={params.max_tokens} exceed this engine's "

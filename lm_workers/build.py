@@ -95,6 +95,7 @@ def build_engine(
         texts=TokenTexts(load_tokenizer(path)),
         eos=eos,
         max_context=max_context,
+        vocabulary=info.vocab_size,
     )
 
 

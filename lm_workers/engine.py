@@ -127,6 +127,7 @@ class Engine:
         texts: tokenizer with per-token texts.
         eos: token ids that end an answer.
         max_context: longest prompt plus output.
+        vocabulary: ids of tokens are below.
         clock: seconds, monotonic; orders arrivals.
 
     Raises:
@@ -141,11 +142,13 @@ class Engine:
         texts: TokenTexts,
         eos: frozenset[int],
         max_context: int,
+        vocabulary: int,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         runner.check_context(max_context)
         self._runner, self._scheduler, self._sampler = runner, scheduler, sampler
-        self._texts, self._eos, self._max_context = texts, eos, max_context
+        self._texts, self._eos = texts, eos
+        self._max_context, self._vocabulary = max_context, vocabulary
         self._clock = clock
         self._sequences: dict[str, Sequence] = {}
         self._generated_tokens = 0
@@ -187,11 +190,11 @@ class Engine:
         """Queue a request under the update `delta` (None: unadapted), which it keeps to its end.
 
         Raises:
-            RequestError: the prompt is empty, or the id is in use.
+            RequestError: the prompt is empty or holds what is no token, or the id is in use.
             ContextLengthError: prompt and output exceed the context.
             OverloadedError: the queues are full, or there is no room for a background request.
         """
-        check_request(request, self._max_context, self._sequences)
+        check_request(request, self._max_context, self._vocabulary, self._sequences)
         if request.background and not self._scheduler.has_room:
             raise OverloadedError("there is no room for background work now")
         params, prompt = request.sampling, list(request.prompt_tokens)

@@ -88,8 +88,11 @@ class ModelRunner:
             widen_all_but_matrices(model, dtype)
         with widened(model, dtype):
             reference = self._reference(model, len(cache.keys[0]) // block_size - 1, block_size)
-        self.head = AdaptedHead(model.get_output_embeddings(), layout, kernels, bank)
-        self._body = install(model, layout, kernels, bank, self._rows)
+        lm_head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+        self.head = AdaptedHead(lm_head, layout, kernels, bank)
+        # The head's layout can stand for the embedding's copy of the weight that they share.
+        shared = self.head.rows if lm_head.weight is embedding.weight else None
+        self._body = install(model, layout, kernels, bank, self._rows, shared)
         self._config = model.config
         with self._device or nullcontext():
             self._check_same(*reference, block_size)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from lm_workers.layers.kernels import Kernels
+from lm_workers.layers.linear import Lookup
 from lm_workers.layers.paged import PagedStep
 from lm_workers.layers.stack import DecoderStack
 
@@ -44,15 +45,17 @@ class StackBody(nn.Module):
     Transformers' own way there takes as long as one of the layers does in a decoding step.
 
     Args:
-        model: without its head; its embedding, rotary embedding and final norm are used.
+        model: without its head; its rotary embedding and final norm are used.
+        embedding: its own, or what stands for it.
         stack: its layers.
         kernels: the norm's.
     """
 
-    def __init__(self, model: Any, stack: DecoderStack, kernels: Kernels) -> None:
+    def __init__(
+        self, model: Any, embedding: Lookup, stack: DecoderStack, kernels: Kernels
+    ) -> None:
         super().__init__()
-        self.stack, self._kernels = stack, kernels
-        self.embedding = model.embed_tokens
+        self.embedding, self.stack, self._kernels = embedding, stack, kernels
         self._rotary = model.rotary_emb.forward
         self._norm, self._eps = model.norm.weight.data, float(model.norm.variance_epsilon)
 
@@ -60,7 +63,7 @@ class StackBody(nn.Module):
         self, tokens: torch.Tensor, positions: torch.Tensor, paged: PagedStep
     ) -> torch.Tensor:
         """tokens [T] at positions [T] -> [T, d]."""
-        hidden = self.embedding(tokens[None])
+        hidden = self.embedding(tokens)[None]
         rotary = self._rotary(hidden, positions[None])
         hidden = self.stack.forward(hidden, position_embeddings=rotary, paged=paged)
         return self._kernels.rms_norm(hidden[0], self._norm, self._eps)

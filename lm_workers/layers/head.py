@@ -8,7 +8,7 @@ from torch import nn
 
 from lm_workers.adapters import OFF, AdapterBank, UpdateTargets
 from lm_workers.layers.kernels import Kernels, LateUpdate
-from lm_workers.layers.linear import LinearGroup, Product
+from lm_workers.layers.linear import LinearGroup, Lookup, Product
 
 
 class AdaptedHead:
@@ -35,6 +35,11 @@ class AdaptedHead:
         if bank is not None and bank.spec.head is not None:
             self._targets = bank.targets([(bank.spec.head, 0, bank.spec.hidden_size)])
             self._low = layout(self._targets.v, None)
+
+    @property
+    def rows(self) -> Lookup | None:
+        """Looks rows of its weight up; see `Product`."""
+        return self._logits.rows
 
     @property
     def waits(self) -> bool:

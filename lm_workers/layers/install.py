@@ -16,6 +16,7 @@ from lm_workers.layers.decoder import DecoderLayer, is_family, is_family_config
 from lm_workers.layers.kernels import Kernels
 from lm_workers.layers.linear import (
     LinearGroup,
+    Lookup,
     PlainProduct,
     Product,
     RowUpdate,
@@ -30,8 +31,11 @@ def install(
     kernels: Kernels,
     bank: AdapterBank | None,
     rows: RowSlots,
+    embedding: Lookup | None = None,
 ) -> StackBody | TransformersBody:
     """Replace the decoder layers of families we know, and the linear layers of any other.
+
+    `embedding` gives the same as the model's own, which takes its place where all is known.
 
     Returns:
         All but the head. The layers of a model that has no other ones are one `DecoderStack`.
@@ -50,7 +54,7 @@ def install(
     layers = getattr(base, "layers", ())
     if is_family_config(model.config) and all(isinstance(one, DecoderLayer) for one in layers):
         stack = DecoderStack(layers, rows, taped=layout.taped and kernels.taped)
-        return StackBody(base, stack, kernels)
+        return StackBody(base, embedding or base.embed_tokens, stack, kernels)
     return TransformersBody(base, kernels)
 
 

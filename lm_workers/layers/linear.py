@@ -15,6 +15,9 @@ from transformers.pytorch_utils import Conv1D
 from lm_workers.adapters import AdapterBank, RowSlots, UpdateTargets
 from lm_workers.layers.kernels import Kernels, LateUpdate
 
+Lookup = Callable[[torch.Tensor], torch.Tensor]
+"""From numbers [N], int64 and in range, to rows of a matrix [N, in]."""
+
 _PACK_ROWS = 16
 """Rows that the packed layout is chosen for. The result is the same for any number."""
 
@@ -40,6 +43,11 @@ class Product(ABC):
     @abstractmethod
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x [T, in] -> [T, out]."""
+
+    @property
+    def rows(self) -> Lookup | None:
+        """Looks rows of the weight up; None where the layout cannot tell them."""
+        return None
 
 
 class PlainProduct(Product):
@@ -134,6 +142,11 @@ class LinearGroup(nn.Module):
         # A lone weight stays where it is: it may be the embedding's.
         weight = torch.cat(weights) if len(weights) > 1 else weights[0]
         self._product = layout(weight, _stacked_bias(weights, biases))
+
+    @property
+    def rows(self) -> Lookup | None:
+        """Looks rows of the members' weights up, in their order; see `Product`."""
+        return self._product.rows
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in] -> [..., out], the members' outputs side by side."""

@@ -5,17 +5,18 @@ from __future__ import annotations
 import ctypes
 from abc import abstractmethod
 from functools import cache
+from typing import ClassVar
 
 import torch
 
 from lm_workers.layers.compiler import CompileError, compile_library
-from lm_workers.layers.linear import Product
+from lm_workers.layers.linear import Lookup, Product
 from lm_workers.layers.tape import Function, empty
 from lm_workers.memory import LargePages
 
 _POINTER, _INT = ctypes.c_void_p, ctypes.c_int64
-_SIGNATURE = "pipppiiiii"
-"""Of products, for `Function`."""
+_PRODUCT, _ROWS = "pipppiiiii", "pppiii"
+"""Signatures, for `Function`."""
 _MEMORY = LargePages()
 _PART = 4096
 """Rows of a weight that are widened at a time; whole panels."""
@@ -26,18 +27,19 @@ class _Panels(Product):
 
     min_rows = 1
     taped = True
+    dtype: ClassVar[torch.dtype]
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         self._outputs, self._inputs = weight.shape
         self._threads = torch.get_num_threads()
         self._bias = bias
         self._bias_at = 0 if bias is None else bias.data_ptr()
-        self._panels, self._product = self._lay_out(weight)
+        self._panels, self._product, self._rows = self._lay_out(weight)
         self._panels_at = self._panels.data_ptr()
 
     @abstractmethod
-    def _lay_out(self, weight: torch.Tensor) -> tuple[torch.Tensor, Function]:
-        """The panels, and the function that multiplies with them."""
+    def _lay_out(self, weight: torch.Tensor) -> tuple[torch.Tensor, Function, Function]:
+        """The panels, the function that multiplies with them, and the one that reads them."""
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x [T, in] -> [T, out]."""
@@ -51,6 +53,20 @@ class _Panels(Product):
         )  # fmt: skip
         return y
 
+    @property
+    def rows(self) -> Lookup:
+        """See `Product`."""
+        return self._look_up
+
+    def _look_up(self, numbers: torch.Tensor) -> torch.Tensor:
+        numbers = numbers.contiguous()
+        found = torch.empty(len(numbers), self._inputs, dtype=self.dtype)
+        self._rows(
+            self._panels_at, numbers.data_ptr(), found.data_ptr(), len(numbers), self._inputs,
+            self._threads,
+        )  # fmt: skip
+        return found
+
 
 class PanelProduct(_Panels):
     """The numbers of `PlainProduct` in float32, up to the order of a sum.
@@ -63,13 +79,14 @@ class PanelProduct(_Panels):
         CompileError: there is no compiler that takes the source.
     """
 
+    dtype = torch.float32
     widens = True
     stacks = False  # below a V, which has more bits, weights would lose their short form
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         super().__init__(weight, None if bias is None else bias.float().contiguous())
 
-    def _lay_out(self, weight: torch.Tensor) -> tuple[torch.Tensor, Function]:
+    def _lay_out(self, weight: torch.Tensor) -> tuple[torch.Tensor, Function, Function]:
         library, halves = load_floats(), int(is_bfloat16(weight))
         size = library.panels_size(self._outputs, self._inputs, halves)
         panels = _MEMORY.zeros(size, torch.float32)
@@ -80,19 +97,22 @@ class PanelProduct(_Panels):
                 wide.data_ptr(), *wide.stride(), len(wide), self._inputs, halves, at, self._threads
             )
             at += 4 * library.panels_size(len(wide), self._inputs, halves)
-        name = "product_of_halves" if halves else "product_of_floats"
-        return panels, Function(library, name, _SIGNATURE)
+        kind = "halves" if halves else "floats"
+        product = Function(library, f"product_of_{kind}", _PRODUCT)
+        return panels, product, Function(library, f"rows_of_{kind}", _ROWS)
 
 
 class _HalfPanels(_Panels):
     """In bfloat16."""
+
+    dtype = torch.bfloat16
 
     @staticmethod
     @abstractmethod
     def _load() -> ctypes.CDLL:
         """The functions."""
 
-    def _lay_out(self, weight: torch.Tensor) -> tuple[torch.Tensor, Function]:
+    def _lay_out(self, weight: torch.Tensor) -> tuple[torch.Tensor, Function, Function]:
         library = self._load()
         size = library.panels_size(self._outputs, self._inputs)
         panels = _MEMORY.zeros(size, torch.int32)
@@ -100,7 +120,7 @@ class _HalfPanels(_Panels):
             weight.data_ptr(), *weight.stride(), self._outputs, self._inputs,
             panels.data_ptr(), self._threads,
         )  # fmt: skip
-        return panels, Function(library, "product", _SIGNATURE)
+        return panels, Function(library, "product", _PRODUCT), Function(library, "rows", _ROWS)
 
 
 class PairProduct(_HalfPanels):

@@ -123,10 +123,38 @@ void product_of_halves(const float* x, int64_t x_stride, const float* panels, co
   Product{x, panels, bias, y, x_stride, y_stride, rows, inputs, outputs}.run<Halves>(threads);
 }
 
+// The weights of some output columns, as they were.
+template <class Weights>
+void rows(const float* panels, const int64_t* columns, float* to, int64_t count, int64_t inputs,
+          int64_t threads) {
+#pragma omp parallel for num_threads(threads)
+  for (int64_t i = 0; i < count; i++) {
+    const float* panel = panels + columns[i] / COLUMNS * inputs * Weights::step;
+    int64_t column = columns[i] % COLUMNS;
+    for (int64_t k = 0; k < inputs; k++) {
+      vf both[2];
+      Weights::read(panel + k * Weights::step, both);
+      to[i * inputs + k] = both[column / W][column % W];
+    }
+  }
+}
+
+void rows_of_floats(const float* panels, const int64_t* columns, float* to, int64_t count,
+                    int64_t inputs, int64_t threads) {
+  rows<Floats>(panels, columns, to, count, inputs, threads);
+}
+
+void rows_of_halves(const float* panels, const int64_t* columns, float* to, int64_t count,
+                    int64_t inputs, int64_t threads) {
+  rows<Halves>(panels, columns, to, count, inputs, threads);
+}
+
 }  // namespace
 
 CALLED(product_of_floats)
 CALLED(product_of_halves)
+CALLED(rows_of_floats)
+CALLED(rows_of_halves)
 
 extern "C" {
 

@@ -129,7 +129,7 @@ class VllmEngine:
             OverloadedError: the queues are full, or there is no room for a background request.
             DeltaError: the update does not fit.
         """
-        check_request(request, self._limits.context, self._held)
+        check_request(request, self._limits.context, self._limits.vocabulary, self._held)
         self._check_more(request)
         number = str(next(self._numbers))
         adapter = self._acquire(delta)
@@ -176,10 +176,6 @@ class VllmEngine:
 
     def _check_more(self, request: TokenizedRequest) -> None:
         limits = self._limits
-        if (worst := max(request.prompt_tokens)) >= limits.vocabulary:
-            raise RequestError(
-                f"token {worst} is beyond the vocabulary of {limits.vocabulary}", "prompt"
-            )
         for refuse in self._refuse:
             refuse(request.sampling)
         few = 2 * len(self._held) < limits.sequences and self._kv_free > 0.5

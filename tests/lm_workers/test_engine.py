@@ -280,6 +280,8 @@ def test_abort_at_any_moment_leaves_nothing_behind(engine: Engine) -> None:
     ("prompt", "params", "error"),
     [
         ([], {}, RequestError),
+        ([5, 10**6], {}, RequestError),
+        ([-1, 5], {}, RequestError),
         (range(2, 130), {}, ContextLengthError),
         (range(2, 50), {"max_tokens": 100}, ContextLengthError),
     ],

@@ -75,6 +75,8 @@ def test_panels_give_the_numbers_of_the_plain_layout_and_the_same_bits_for_any_n
         assert torch.equal(panels(x[:rows]), found[:rows])
         assert torch.equal(panels(x[-rows:]), found[-rows:])
     assert torch.equal(PanelProduct(weight.T.contiguous().T, bias)(x), found)
+    some = torch.randint(len(weight), (50, 2))[:, 0]
+    assert torch.equal(panels.rows(some), weight[some])
 
 
 @torch.inference_mode()
@@ -100,6 +102,8 @@ def test_pairs_and_tiles_give_the_plain_numbers_and_the_same_bits_for_any_number
         assert torch.equal(product(x[:rows]), found[:rows])
         assert torch.equal(product(x[-rows:]), found[-rows:])
     assert torch.equal(layout(weight.T.contiguous().T, bias)(x), found)
+    some = torch.randint(len(weight), (50, 2))[:, 0]
+    assert product.rows is not None and torch.equal(product.rows(some), weight[some])
 
 
 @tiles
