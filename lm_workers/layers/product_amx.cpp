@@ -3,7 +3,9 @@
 //
 // A panel holds 2 W output columns. 32 inputs of them are two tiles of 1 KiB, each with two inputs
 // of a column in a word; one or two tiles of rows meet them at a time. While rows pass over a panel
-// the next one is fetched, little by little; where they pass at once, what comes next in this one.
+// the next one is fetched, little by little; where all pass at once, what comes next in this one. A
+// lone tile of rows waits for the memory most of the time: it asks for a line in four, with which
+// the CPU fetches the others itself.
 // Where rows do not fill the last tile it begins earlier, and some are computed twice, to the same
 // numbers. Every sum runs over the inputs in the same order: a row's numbers do not depend on the
 // rows beside it.
@@ -68,7 +70,7 @@ struct Product {
   template <bool BOTH>
   void tiles(int64_t one, int64_t two, int64_t panel, int64_t turn, int64_t turns) const {
     const uint32_t* w = weight + panel * steps() * STEP;
-    const int64_t ahead = turns == 1 ? AHEAD : steps() * STEP;
+    const uint32_t* next = w + (turns == 1 ? AHEAD : steps() * STEP);
     const int64_t begin = STEP / W * turn / turns, end = STEP / W * (turn + 1) / turns;
     _tile_zero(0);
     _tile_zero(1);
@@ -76,7 +78,7 @@ struct Product {
       _tile_zero(2);
       _tile_zero(3);
     }
-    for (int64_t k = 0; k < steps(); k++, w += STEP) {
+    for (int64_t k = 0; k < steps(); k++, w += STEP, next += STEP) {
       bool whole = (k + 1) * DEEP <= inputs;
       const T* from = whole ? x + k * DEEP : rest;
       int64_t stride = whole ? x_stride : DEEP;
@@ -90,7 +92,10 @@ struct Product {
         _tile_dpbf16ps(2, 5, 6);
         _tile_dpbf16ps(3, 5, 7);
       }
-      for (int64_t i = begin; i < end; i++) __builtin_prefetch(w + ahead + i * W, 0, 2);
+      if (!BOTH && turns == 1)
+        for (int64_t i = 0; i < STEP / W; i += 4) __builtin_prefetch(next + i * W, 0, 2);
+      else
+        for (int64_t i = begin; i < end; i++) __builtin_prefetch(next + i * W, 0, 2);
     }
     alignas(LINE) float sums[2][TALL * COLUMNS];
     _tile_stored(0, sums[0], 2 * LINE);
