@@ -11,7 +11,7 @@ PositiveInt = Annotated[int, Field(gt=0)]
 LayoutName = Literal["auto", "plain", "packed"]
 KernelsName = Literal["auto", "reference", "native"]
 
-STEP, SLOW_STEP = 1024, 512
+STEP, SLOW_STEP = 2048, 512
 """Tokens of a step where nobody has said how many; the second in float32 on a CPU."""
 
 
@@ -24,7 +24,7 @@ class EngineConfig(BaseModel):
         dtype: `auto` is bfloat16 where the device computes in it natively, else float32.
         max_sequences: requests that run at the same time; more wait in their cluster's queue.
         max_batch_tokens: tokens in one step, and so of the prompts that are read together while no
-            stream is running. None is 1,024, and 512 in float32 on a CPU, which more would keep for
+            stream is running. None is 2,048, and 512 in float32 on a CPU, which more would keep for
             seconds.
         prefill_chunk: prompt tokens in one step while streams are running; those far into a prompt
             count for more. Bounds how long a prompt can hold streams up. None is 32 on a CPU, where
