@@ -38,7 +38,7 @@ class EngineConfig(BaseModel):
         max_wait_s: a request that has waited this long goes before every warm cluster.
         max_queued: requests waiting before new ones are refused.
         linear: layout of the weights. `packed` is laid out for this CPU's kernels: our own for
-            float32, and for bfloat16 where it has AVX-512 BF16, else oneDNN's; `auto` takes it
+            float32, and for bfloat16 where it has AMX or AVX-512 BF16, else oneDNN's; `auto` takes it
             wherever it is possible.
         kernels: what computes the rest of a layer. `native` is compiled, C++ on a CPU and Triton on
             a GPU; `auto` falls back to `reference`, plain torch, where there is no compiler.
