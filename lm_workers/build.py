@@ -102,7 +102,7 @@ def build_engine(
 def step_budget(config: EngineConfig, device: str, dtype: torch.dtype) -> StepBudget:
     """Tokens of a step: what the settings say, or what suits the device."""
     cpu = device == "cpu"
-    usual = SLOW_STEP if cpu and dtype == torch.float32 else STEP
+    usual = SLOW_STEP if cpu and dtype != torch.bfloat16 else STEP
     return StepBudget(
         all=config.max_batch_tokens or usual,
         prompts=config.prefill_chunk or (_CPU_CHUNK if cpu else _GPU_CHUNK),

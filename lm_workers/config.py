@@ -11,8 +11,8 @@ PositiveInt = Annotated[int, Field(gt=0)]
 LayoutName = Literal["auto", "plain", "packed"]
 KernelsName = Literal["auto", "reference", "native"]
 
-STEP, SLOW_STEP = 2048, 512
-"""Tokens of a step where nobody has said how many; the second in float32 on a CPU."""
+STEP, SLOW_STEP = 1024, 512
+"""Tokens of a step where nobody has said how many; the second on a CPU but in bfloat16."""
 
 
 class EngineConfig(BaseModel):
@@ -24,8 +24,8 @@ class EngineConfig(BaseModel):
         dtype: `auto` is bfloat16 where the device computes in it natively, else float32.
         max_sequences: requests that run at the same time; more wait in their cluster's queue.
         max_batch_tokens: tokens in one step, and so of the prompts that are read together while no
-            stream is running. None is 2,048, and 512 in float32 on a CPU, which more would keep for
-            seconds.
+            stream is running. None is 1,024, and 512 on a CPU that is not to compute in bfloat16,
+            which more would keep for seconds.
         prefill_chunk: prompt tokens in one step while streams are running; those far into a prompt
             count for more. Bounds how long a prompt can hold streams up. None is 32 on a CPU, where
             more was not faster, and 512 on a GPU, where it was not measured.
@@ -38,8 +38,8 @@ class EngineConfig(BaseModel):
         max_wait_s: a request that has waited this long goes before every warm cluster.
         max_queued: requests waiting before new ones are refused.
         linear: layout of the weights. `packed` is laid out for this CPU's kernels: our own for
-            float32, and for bfloat16 where it has AMX or AVX-512 BF16, else oneDNN's; `auto` takes it
-            wherever it is possible.
+            float32, and for bfloat16 where it has AMX or AVX-512 BF16, else oneDNN's; `auto` takes
+            it wherever it is possible.
         kernels: what computes the rest of a layer. `native` is compiled, C++ on a CPU and Triton on
             a GPU; `auto` falls back to `reference`, plain torch, where there is no compiler.
         cuda_graphs: on a GPU, record decoding steps of each size and repeat them, which saves the

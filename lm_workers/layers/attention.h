@@ -141,8 +141,10 @@ struct Attention {
   }
 
   // Read one head of KEYS keys, and ask the memory for the same of the next ones: little by little,
-  // or it would have to be waited for until it takes so many requests. The same for values.
-  void fetch_keys(Scratch& s, int64_t head, const Places& from, const Places& next, bool first) const {
+  // or it would have to be waited for until it takes so many requests. The same for values; those
+  // of the first keys, which none before them asked for, are asked for with these.
+  void fetch_keys(Scratch& s, int64_t head, const Places& from, const Places& next,
+                  bool first) const {
     for (int64_t group = 0; group < KEYS; group += W)
       for (int64_t d = 0; d < size; d += LANES) {
         vf square[W];

@@ -23,7 +23,7 @@ _PART = 4096
 
 
 class _Panels(Product):
-    """What both have in common. The result of a row does not depend on the others."""
+    """What they have in common. The result of a row does not depend on the others."""
 
     min_rows = 1
     taped = True

@@ -5,10 +5,9 @@
 // of a column in a word; one or two tiles of rows meet them at a time. While rows pass over a panel
 // the next one is fetched, little by little; where all pass at once, what comes next in this one. A
 // lone tile of rows waits for the memory most of the time: it asks for a line in four, with which
-// the CPU fetches the others itself.
-// Where rows do not fill the last tile it begins earlier, and some are computed twice, to the same
-// numbers. Every sum runs over the inputs in the same order: a row's numbers do not depend on the
-// rows beside it.
+// the CPU fetches the others itself. Where rows do not fill the last tile it begins earlier, and
+// some are computed twice, to the same numbers. Every sum runs over the inputs in the same order: a
+// row's numbers do not depend on the rows beside it.
 
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -25,14 +24,14 @@
 
 namespace {
 
-constexpr int64_t LINE = 64;         // bytes of a tile's row
-constexpr int64_t TALL = 16;         // rows of a tile of x, or of sums
-constexpr int64_t DEEP = 32;         // inputs of a tile
-constexpr int64_t COLUMNS = 2 * W;   // of a panel
+constexpr int64_t LINE = 64;            // bytes of a tile's row
+constexpr int64_t TALL = 16;            // rows of a tile of x, or of sums
+constexpr int64_t DEEP = 32;            // inputs of a tile
+constexpr int64_t COLUMNS = 2 * W;      // of a panel
 constexpr int64_t TILE = DEEP / 2 * W;  // words of a tile of weights
 constexpr int64_t STEP = 2 * TILE;      // words of a panel for DEEP inputs
 constexpr int64_t AHEAD = 2 * STEP;     // words by which rows that pass at once fetch ahead
-constexpr int64_t CACHED = 1 << 18;  // numbers of x that stay in a core's cache while panels pass
+constexpr int64_t CACHED = 1 << 18;     // numbers of x that stay in a core's cache meanwhile
 
 // A thread's tiles, while it lives: 0 to 3 for sums, 4 and 5 for rows of x, 6 and 7 for weights.
 struct Tiles {
@@ -65,8 +64,8 @@ struct Product {
   int64_t panels() const { return (outputs + COLUMNS - 1) / COLUMNS; }
   int64_t height() const { return std::min(rows, TALL); }
 
-  // A panel under the rows from `one` on and, if BOTH, under those from `two` on: the turn `turn` of
-  // the panel's `turns`.
+  // A panel under the rows from `one` on and, if BOTH, under those from `two` on. It is the turn
+  // `turn` of the panel's `turns`.
   template <bool BOTH>
   void tiles(int64_t one, int64_t two, int64_t panel, int64_t turn, int64_t turns) const {
     const uint32_t* w = weight + panel * steps() * STEP;
@@ -152,6 +151,7 @@ struct Product {
 
 void product(const T* x, int64_t x_stride, const uint32_t* panels, const T* bias, T* y,
              int64_t y_stride, int64_t rows, int64_t inputs, int64_t outputs, int64_t threads) {
+  if (!rows) return;  // tiles have a row at least
   int64_t left = inputs % DEEP;
   std::vector<T> rest(left ? rows * DEEP : 0);
   for (int64_t r = 0; left && r < rows; r++)

@@ -176,8 +176,8 @@ void product(const T* x, int64_t x_stride, const uint32_t* panels, const T* bias
 template <class Words>
 auto place(Words* panels, int64_t column, int64_t k, int64_t inputs) {
   using Number = std::conditional_t<std::is_const_v<Words>, const T, T>;
-  int64_t pairs = (inputs + 1) / 2;
-  return (Number*)(panels + (column / COLUMNS * pairs + k / 2) * COLUMNS + column % COLUMNS) + k % 2;
+  int64_t pair = column / COLUMNS * ((inputs + 1) / 2) + k / 2;
+  return (Number*)(panels + pair * COLUMNS + column % COLUMNS) + k % 2;
 }
 
 // The weights of some output columns, as they were.

@@ -102,6 +102,7 @@ def test_pairs_and_tiles_give_the_plain_numbers_and_the_same_bits_for_any_number
         assert torch.equal(product(x[:rows]), found[:rows])
         assert torch.equal(product(x[-rows:]), found[-rows:])
     assert torch.equal(layout(weight.T.contiguous().T, bias)(x), found)
+    assert product(x[:0]).shape == (0, len(weight))
     some = torch.randint(len(weight), (50, 2))[:, 0]
     assert product.rows is not None and torch.equal(product.rows(some), weight[some])
 
