@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from lm_workers.engine import Engine
 from lm_workers.kv_cache import BlockPool
 from lm_workers.models import load_causal_lm
 from lm_workers.prefix_cache import PrefixCache, extend_keys
+from lm_workers.sequence import Batch
 
 CONFIG = EngineConfig(
     dtype="float32",
@@ -216,10 +218,20 @@ def test_scored_prompts_are_computed_whole(tiny_llama: Path) -> None:
     assert ask(engine, "after", prompt, None)[0].cached_tokens == 20
 
 
-def test_nothing_is_known_of_a_step_that_failed(tiny_llama: Path) -> None:
+def test_nothing_is_known_of_a_step_that_failed(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     engine = build_engine(tiny_llama, CONFIG)
-    with pytest.raises(IndexError):
-        ask(engine, "bad", (*SYSTEM[:8], 10**9), None)
+    step = engine._runner.step
+
+    def broken(batch: Batch) -> NoReturn:
+        step(batch)
+        raise MemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(engine._runner, "step", broken)
+        with pytest.raises(MemoryError):
+            ask(engine, "bad", SYSTEM, None)
     engine.abort_all()
     engine.check_integrity()
     assert ask(engine, "good", SYSTEM, None)[0].cached_tokens == 0

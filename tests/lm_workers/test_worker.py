@@ -21,6 +21,8 @@ from cluster_router.wire.types import (
 )
 from lm_workers.build import build_engine
 from lm_workers.config import EngineConfig
+from lm_workers.runner import ModelRunner, StepOutput
+from lm_workers.sequence import Batch
 from lm_workers.worker import LMWorker
 
 
@@ -130,10 +132,19 @@ async def test_an_update_that_cannot_be_had_fails_its_request_alone(worker: LMWo
     assert await text(worker, request("b"))
 
 
-async def test_a_failed_step_fails_its_requests_and_the_worker_goes_on(worker: LMWorker) -> None:
-    poisoned = request("bad", (5, 10**9))  # no such token: the embedding lookup raises
+async def test_a_failed_step_fails_its_requests_and_the_worker_goes_on(
+    worker: LMWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = ModelRunner.step
+
+    def broken(runner: ModelRunner, batch: Batch) -> StepOutput:
+        if any(span.sequence.request_id == "bad" for span in batch.spans):
+            raise MemoryError
+        return step(runner, batch)
+
+    monkeypatch.setattr(ModelRunner, "step", broken)
     with pytest.raises(EngineError, match="please retry"):
-        await text(worker, poisoned)
+        await text(worker, request("bad"))
     assert await text(worker, request("good"))
     assert worker.alive
 
