@@ -56,7 +56,7 @@ def test_an_engine_takes_little_more_than_the_stored_weights(
     # Beside the weights: the embedding once more, a matrix on its way, activations, allocators.
     assert peak < 1.6 * stored
     # The embedding is the head's panels then.
-    assert after < 1.3 * stored
+    assert after < 1.35 * stored
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
