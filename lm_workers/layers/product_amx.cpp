@@ -15,8 +15,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "vectors.h"
-#include "words.h"
+#include "pairs.h"
 
 #ifndef __AMX_BF16__
 #error "this CPU does not multiply tiles of bfloat16 numbers (AMX)"
@@ -159,33 +158,15 @@ void product(const T* x, int64_t x_stride, const uint32_t* panels, const T* bias
   Product{x, panels, bias, y, x_stride, y_stride, rows, inputs, outputs, rest.data()}.run(threads);
 }
 
-// Words of memory for the panels of a weight [outputs, inputs].
-int64_t size_of(int64_t outputs, int64_t inputs) {
-  return (outputs + COLUMNS - 1) / COLUMNS * ((inputs + DEEP - 1) / DEEP) * STEP;
-}
-
-// Where the panels keep one number of an output column.
-template <class Words>
-auto place(Words* panels, int64_t column, int64_t k, int64_t inputs) {
-  using Number = std::conditional_t<std::is_const_v<Words>, const T, T>;
-  int64_t tile = k / DEEP * 2 + column % COLUMNS / W;
-  int64_t word = tile * TILE + k % DEEP / 2 * W + column % W;
-  return (Number*)(panels + column / COLUMNS * size_of(1, inputs) + word) + k % 2;
-}
-
-// The weights of some output columns, as they were.
-void rows(const uint32_t* panels, const int64_t* columns, T* to, int64_t count, int64_t inputs,
-          int64_t threads) {
-#pragma omp parallel for num_threads(threads)
-  for (int64_t i = 0; i < count; i++)
-    for (int64_t k = 0; k < inputs; k++)
-      to[i * inputs + k] = *place(panels, columns[i], k, inputs);
+int64_t place(int64_t column, int64_t k, int64_t inputs) {
+  int64_t steps = (inputs + DEEP - 1) / DEEP, tile = k / DEEP * 2 + column % COLUMNS / W;
+  int64_t word = column / COLUMNS * steps * STEP + tile * TILE + k % DEEP / 2 * W + column % W;
+  return 2 * word + k % 2;
 }
 
 }  // namespace
 
 CALLED(product)
-CALLED(rows)
 
 extern "C" {
 
@@ -196,15 +177,8 @@ int64_t request() {
 }
 
 // Words of memory for the panels of a weight [outputs, inputs].
-int64_t panels_size(int64_t outputs, int64_t inputs) { return size_of(outputs, inputs); }
-
-// Lay a weight out into `panels`, which hold zeros; those that it does not fill stay.
-void lay_out(const T* weight, int64_t stride, int64_t step, int64_t outputs, int64_t inputs,
-             uint32_t* panels, int64_t threads) {
-#pragma omp parallel for num_threads(threads)
-  for (int64_t column = 0; column < outputs; column++)
-    for (int64_t k = 0; k < inputs; k++)
-      *place(panels, column, k, inputs) = weight[column * stride + k * step];
+int64_t panels_size(int64_t outputs, int64_t inputs) {
+  return (outputs + COLUMNS - 1) / COLUMNS * ((inputs + DEEP - 1) / DEEP) * STEP;
 }
 
 }  // extern "C"

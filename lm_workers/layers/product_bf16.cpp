@@ -8,8 +8,7 @@
 
 #include <algorithm>
 
-#include "vectors.h"
-#include "words.h"
+#include "pairs.h"
 
 #ifndef __AVX512BF16__
 #error "this CPU has no dot products of bfloat16 numbers (AVX-512 BF16)"
@@ -172,42 +171,20 @@ void product(const T* x, int64_t x_stride, const uint32_t* panels, const T* bias
   Product{x, panels, bias, y, x_stride, y_stride, rows, inputs, outputs}.run(threads);
 }
 
-// Where the panels keep one number of an output column.
-template <class Words>
-auto place(Words* panels, int64_t column, int64_t k, int64_t inputs) {
-  using Number = std::conditional_t<std::is_const_v<Words>, const T, T>;
+int64_t place(int64_t column, int64_t k, int64_t inputs) {
   int64_t pair = column / COLUMNS * ((inputs + 1) / 2) + k / 2;
-  return (Number*)(panels + pair * COLUMNS + column % COLUMNS) + k % 2;
-}
-
-// The weights of some output columns, as they were.
-void rows(const uint32_t* panels, const int64_t* columns, T* to, int64_t count, int64_t inputs,
-          int64_t threads) {
-#pragma omp parallel for num_threads(threads)
-  for (int64_t i = 0; i < count; i++)
-    for (int64_t k = 0; k < inputs; k++)
-      to[i * inputs + k] = *place(panels, columns[i], k, inputs);
+  return 2 * (pair * COLUMNS + column % COLUMNS) + k % 2;
 }
 
 }  // namespace
 
 CALLED(product)
-CALLED(rows)
 
 extern "C" {
 
 // Words of memory for the panels of a weight [outputs, inputs].
 int64_t panels_size(int64_t outputs, int64_t inputs) {
   return (outputs + COLUMNS - 1) / COLUMNS * COLUMNS * ((inputs + 1) / 2);
-}
-
-// Lay a weight out into `panels`, which hold zeros; those that it does not fill stay.
-void lay_out(const T* weight, int64_t stride, int64_t step, int64_t outputs, int64_t inputs,
-             uint32_t* panels, int64_t threads) {
-#pragma omp parallel for num_threads(threads)
-  for (int64_t column = 0; column < outputs; column++)
-    for (int64_t k = 0; k < inputs; k++)
-      *place(panels, column, k, inputs) = weight[column * stride + k * step];
 }
 
 }  // extern "C"
