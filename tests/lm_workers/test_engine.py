@@ -26,6 +26,7 @@ from lm_workers.build import build_engine
 from lm_workers.config import EngineConfig
 from lm_workers.engine import Engine
 from lm_workers.models import load_causal_lm
+from lm_workers.models.info import load_config
 
 DEPTHS: tuple[Depth, ...] = ("head", "full", "paper")
 SMALL = EngineConfig(
@@ -292,6 +293,17 @@ def test_what_cannot_run_is_refused(
     with pytest.raises(error):
         engine.add(request(prompt, **params), None)
     assert not engine.has_work
+
+
+def test_the_last_id_of_the_vocabulary_is_taken_and_the_next_is_not(
+    engine: Engine, tiny_llama: Path
+) -> None:
+    vocabulary = load_config(tiny_llama).vocab_size
+    with pytest.raises(
+        RequestError, match=f"{vocabulary}; this model's ids are 0..{vocabulary - 1}"
+    ):
+        engine.add(request([5, vocabulary]), None)
+    engine.add(request([5, vocabulary - 1]), None)
 
 
 def test_overload_refuses_and_what_was_accepted_finishes(tiny_llama: Path) -> None:
