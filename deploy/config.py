@@ -86,9 +86,9 @@ class StreamingConfig(BaseModel):
     Attributes:
         chunks_per_s: chunks that a replica sends in a second, about, all its streams together.
             Where more tokens come, those of a stream share a chunk, though never its first, and
-            none waits longer than a tenth of a second. Each chunk is work for the replica, the
-            router and the proxy. None is 160 on a CPU, which they share with the engine, and 1000
-            on a GPU, where it was not measured.
+            none waits longer than about a tenth of a second; what waits is sent for all streams at
+            once. Each chunk is work for the replica, the router and the proxy. None is 160 on a
+            CPU, which they share with the engine, and 1000 on a GPU, where it was not measured.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

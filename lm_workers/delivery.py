@@ -1,15 +1,21 @@
-"""From the engine's thread to the streams of an event loop, and from there on in chunks."""
+"""From the engine's thread to the streams of event loops, in chunks."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Iterable
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 
 from cluster_router.wire.types import TokenChunk
 
 Outcome = TokenChunk | Exception
-Delivery = tuple[asyncio.Queue[Outcome], Outcome]
+Told = tuple[asyncio.Queue[Outcome], Outcome]
+
+_LONGEST_HOLD_S = 0.1
+"""Longest that a token waits for the next ones of its stream."""
 
 
 def call_in(loop: asyncio.AbstractEventLoop, tell: Callable[..., None], *what: object) -> None:
@@ -18,26 +24,114 @@ def call_in(loop: asyncio.AbstractEventLoop, tell: Callable[..., None], *what: o
         loop.call_soon_threadsafe(tell, *what)
 
 
-def put_all(deliveries: Iterable[Delivery]) -> None:
-    """What came for several streams of one loop."""
-    for outcomes, outcome in deliveries:
-        outcomes.put_nowait(outcome)
+@dataclass(slots=True)
+class _Stream:
+    """Who waits for an answer, and what is not sent yet; None before the first chunk."""
+
+    loop: asyncio.AbstractEventLoop
+    outcomes: asyncio.Queue[Outcome]
+    held: list[TokenChunk] | None = None
 
 
-async def next_chunk(outcomes: asyncio.Queue[Outcome], due: float | None) -> TokenChunk:
-    """The next chunk of a stream, with what else comes for it until `due` on the loop's clock."""
-    outcome = await outcomes.get()
+class Streams:
+    """The streams that wait for answers, and when they are told what came.
+
+    What waits is sent for all streams at once: each time that an event loop wakes, here and in
+    whatever the chunks pass through later, takes time from the threads that compute.
+
+    Args:
+        chunks_per_s: chunks that all streams together send in a second, about. Where more tokens
+            come, those of a stream wait for each other, though never the first of a stream, nor
+            the last, and none for longer than a tenth of a second, give or take half a step. None
+            sends each as it comes.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(
+        self, chunks_per_s: float | None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._chunks_per_s, self._clock = chunks_per_s, clock
+        self._streams: dict[str, _Stream] = {}
+        self._sent = self._stepped = clock()
+
+    def __len__(self) -> int:
+        return len(self._streams)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(tuple(self._streams))
+
+    def open(
+        self, name: str, loop: asyncio.AbstractEventLoop, outcomes: asyncio.Queue[Outcome]
+    ) -> None:
+        """From now on what comes for `name` is put into `outcomes`, in the thread of `loop`."""
+        self._streams[name] = _Stream(loop, outcomes)
+
+    def close(self, name: str, outcomes: asyncio.Queue[Outcome]) -> bool:
+        """Forget `name`; False if it has ended, or is by now another stream of that name."""
+        stream = self._streams.get(name)
+        if stream is None or stream.outcomes is not outcomes:
+            return False
+        del self._streams[name]
+        return True
+
+    def deliver(self, told: Iterable[tuple[str, Outcome]]) -> int:
+        """Take what came of a step, and send what is due.
+
+        Returns:
+            How many streams have ended by it: nothing is left to abort of these, and the next
+            stream of such a name is another one.
+        """
+        now, sending, ended = self._clock(), 0, 0
+        due: list[tuple[_Stream, Outcome]] = []
+        for name, outcome in told:
+            stream = self._streams[name]
+            sending += 1
+            if isinstance(outcome, Exception) or outcome.finish_reason is not None:
+                del self._streams[name]
+                ended += 1
+                due += _last(stream, outcome)
+            elif stream.held is None:
+                stream.held = []
+                due.append((stream, outcome))
+            else:
+                stream.held.append(outcome)
+        step_s, self._stepped = now - self._stepped, now
+        if now + step_s / 2 >= self._sent + self._hold_s(sending):
+            due += self._held()
+            self._sent = now
+        _send(due)
+        return ended
+
+    def _hold_s(self, streams: int) -> float:
+        if self._chunks_per_s is None:
+            return 0.0
+        return min(_LONGEST_HOLD_S, streams / self._chunks_per_s)
+
+    def _held(self) -> Iterator[tuple[_Stream, Outcome]]:
+        for stream in self._streams.values():
+            if stream.held:
+                yield stream, TokenChunk.joined(stream.held)
+                stream.held = []
+
+
+def _last(stream: _Stream, outcome: Outcome) -> list[tuple[_Stream, Outcome]]:
+    """What ends a stream, after or with what was held of it."""
+    held = stream.held or []
     if isinstance(outcome, Exception):
-        raise outcome
-    found, clock = [outcome], asyncio.get_running_loop().time
-    while due is not None and clock() < due and found[-1].finish_reason is None:
-        try:
-            async with asyncio.timeout_at(due):
-                outcome = await outcomes.get()
-        except TimeoutError:
-            break
-        if isinstance(outcome, Exception):
-            outcomes.put_nowait(outcome)  # to be told after what came before it
-            break
-        found.append(outcome)
-    return TokenChunk.joined(found)
+        before = [(stream, TokenChunk.joined(held))] if held else []
+        return [*before, (stream, outcome)]
+    return [(stream, TokenChunk.joined([*held, outcome]))]
+
+
+def _send(due: Iterable[tuple[_Stream, Outcome]]) -> None:
+    """All of a loop at once."""
+    by_loop: defaultdict[asyncio.AbstractEventLoop, list[Told]] = defaultdict(list)
+    for stream, outcome in due:
+        by_loop[stream.loop].append((stream.outcomes, outcome))
+    for loop, told in by_loop.items():
+        call_in(loop, _put_all, told)
+
+
+def _put_all(told: Iterable[Told]) -> None:
+    for outcomes, outcome in told:
+        outcomes.put_nowait(outcome)

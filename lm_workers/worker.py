@@ -8,7 +8,6 @@ import logging
 import os
 import threading
 import time
-from collections import defaultdict
 from collections.abc import AsyncGenerator, Callable, Iterable
 from dataclasses import dataclass, replace
 from queue import Empty, SimpleQueue
@@ -25,7 +24,7 @@ from cluster_router.wire.errors import (
     UnavailableError,
 )
 from cluster_router.wire.types import AdapterKey, Conditioning, TokenChunk, TokenizedRequest
-from lm_workers.delivery import Delivery, Outcome, call_in, next_chunk, put_all
+from lm_workers.delivery import Outcome, Streams, call_in
 from lm_workers.engine import EngineStats, Failure, SteppedEngine
 from lm_workers.turns import Turns
 
@@ -37,9 +36,6 @@ T = TypeVar("T")
 _MOST_MISSING = 1024
 _FORGET_S = 60.0
 """After so long an update is asked for once more: the first call is taken for lost."""
-
-_LONGEST_HOLD_S = 0.1
-"""Longest that a token waits for the next ones of its stream."""
 
 _MOST_FAILED, _BROKEN_S = 3, 5.0
 """Steps that fail in a row, and over how long, before the thread ends: that is no single request,
@@ -76,9 +72,7 @@ class LMWorker:
         patience_s: how long an update may take from when it is first asked for.
         niceness: added to that of the threads that compute. On a CPU they would otherwise hold up
             all that is short and urgent beside them: HTTP, routing, replicas that start.
-        chunks_per_s: chunks that all streams together send in a second, about. Where more tokens
-            come, those of a stream wait for each other, though never the first of a stream, nor
-            the last, and none for longer than a tenth of a second. None sends each as it comes.
+        chunks_per_s: see Streams.
     """
 
     def __init__(
@@ -93,14 +87,13 @@ class LMWorker:
         chunks_per_s: float | None = None,
     ) -> None:
         self._engine, self._adapters, self._niceness = engine, adapters, niceness
-        self._chunks_per_s = chunks_per_s
         self._spec, self._hypernetwork, self._patience_s = spec, hypernetwork, patience_s
         self._deltas: LRUCache[str, LoraDelta] = LRUCache(delta_bytes, lambda one: one.nbytes)
         self._fetching: dict[str, _Fetch] = {}
         # Updates that could not be had when last asked for, so that it is logged once.
         self._missing: LRUCache[str, None] = LRUCache(_MOST_MISSING)
         self._commands: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
-        self._streams: dict[str, tuple[asyncio.AbstractEventLoop, asyncio.Queue[Outcome]]] = {}
+        self._streams = Streams(chunks_per_s)
         self._turns = Turns()
         self._ended, self._gate = False, threading.Lock()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -174,29 +167,25 @@ class LMWorker:
         outcomes: asyncio.Queue[Outcome] = asyncio.Queue()
         name = request.request_id
         loop = asyncio.get_running_loop()
-        due: float | None = None
+        begun = False
         self._send(lambda: self._add(request, delta, loop, outcomes))
         try:
             while True:
-                chunk = await next_chunk(outcomes, due)
-                if due is None:
+                chunk = await outcomes.get()
+                if isinstance(chunk, Exception):
+                    raise chunk
+                if not begun:
+                    begun = True
                     span.add_event("first chunk")
                 if stand_in is not None:
                     chunk, stand_in = replace(chunk, stand_in=stand_in), None
                 yield chunk
                 if chunk.finish_reason is not None:
                     return
-                due = loop.time() + self._hold_s()
         finally:
             span.end()
             with contextlib.suppress(UnavailableError):  # nothing is left to drop
                 self._send(lambda: self._drop(name, outcomes))
-
-    def _hold_s(self) -> float:
-        """How long the next token of a stream may wait for others, counted from the last chunk."""
-        if self._chunks_per_s is None:
-            return 0.0
-        return min(_LONGEST_HOLD_S, self._engine.num_running / self._chunks_per_s)
 
     def close(self) -> None:
         """Stop the thread; streams still open end with UnavailableError."""
@@ -347,7 +336,7 @@ class LMWorker:
         refusal: ChameleonError
         try:
             self._engine.add(request, delta)
-            self._streams[request.request_id] = loop, outcomes
+            self._streams.open(request.request_id, loop, outcomes)
             return
         except OverloadedError as full:
             turn_s = self._turns.next_in(self._engine.num_waiting)
@@ -361,23 +350,13 @@ class LMWorker:
 
     def _drop(self, name: str, outcomes: asyncio.Queue[Outcome]) -> None:
         """Abort `name` if it is still the request that `outcomes` belongs to."""
-        stream = self._streams.get(name)
-        if stream is not None and stream[1] is outcomes:
-            del self._streams[name]
+        if self._streams.close(name, outcomes):
             self._engine.abort(name)
 
     def _deliver(self, told: Iterable[tuple[str, Outcome]]) -> None:
-        """Tell streams what came for them, all of a loop at once: to wake it costs."""
-        by_loop: defaultdict[asyncio.AbstractEventLoop, list[Delivery]] = defaultdict(list)
-        for name, outcome in told:
-            loop, outcomes = self._streams[name]
-            if isinstance(outcome, Exception) or outcome.finish_reason is not None:
-                # Nothing is left to abort; and the next stream of this name is another one.
-                del self._streams[name]
-                self._turns.ended(self._engine.num_waiting)
-            by_loop[loop].append((outcomes, outcome))
-        for loop, deliveries in by_loop.items():
-            call_in(loop, put_all, deliveries)
+        """Tell streams what came for them, as far as it is due."""
+        for _ in range(self._streams.deliver(told)):
+            self._turns.ended(self._engine.num_waiting)
 
 
 def _retrieved(task: asyncio.Task[LoraDelta]) -> None:

@@ -57,7 +57,7 @@ async def test_only_the_built_in_engine_is_built_in_a_thread_that_ends(
     replica._worker.close()
     [builder] = builders
     assert builder.is_alive() is not passing
-    assert replica._worker._chunks_per_s == 7
+    assert replica._worker._streams._chunks_per_s == 7
 
 
 def test_a_bundle_leaves_no_team_of_threads_behind(default_model: Path) -> None:

@@ -224,6 +224,6 @@ async def test_integrity_is_checked_between_steps(worker: LMWorker) -> None:
     await asyncio.gather(*(one.aclose() for one in streams))
     stats = await worker.check_integrity()
     assert (stats.running, stats.waiting, stats.kv_free) == (0, 0, 1)
-    worker._streams["lost"] = asyncio.get_running_loop(), asyncio.Queue()
+    worker._streams.open("lost", asyncio.get_running_loop(), asyncio.Queue())
     with pytest.raises(AssertionError):
         await worker.check_integrity()
