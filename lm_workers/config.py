@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 PositiveInt = Annotated[int, Field(gt=0)]
-LayoutName = Literal["auto", "plain", "packed"]
+LayoutName = Literal["auto", "plain", "packed", "int8"]
 KernelsName = Literal["auto", "reference", "native"]
 
 STEP, SLOW_STEP = 1024, 512
@@ -39,7 +39,8 @@ class EngineConfig(BaseModel):
         max_queued: requests waiting before new ones are refused.
         linear: layout of the weights. `packed` is laid out for this CPU's kernels: our own for
             float32, and for bfloat16 where it has AMX or AVX-512 BF16, else oneDNN's; `auto` takes
-            it wherever it is possible.
+            it wherever it is possible. `int8` keeps weights in 8 bits and multiplies in 8 bits,
+            on CPUs with AVX-512 VNNI: faster and smaller, but not the same numbers.
         kernels: what computes the rest of a layer. `native` is compiled, C++ on a CPU and Triton on
             a GPU; `auto` falls back to `reference`, plain torch, where there is no compiler.
         cuda_graphs: on a GPU, record decoding steps of each size and repeat them, which saves the

@@ -95,7 +95,7 @@ class ModelRunner:
         self._body = install(model, layout, kernels, bank, self._rows, shared)
         self._config = model.config
         with self._device or nullcontext():
-            self._check_same(*reference, block_size)
+            self._check_same(*reference, block_size, layout.rounding)
         self._graphs: DecodeGraphs | None = None
         if record is not None:
             self._graphs = DecodeGraphs(
@@ -164,7 +164,9 @@ class ModelRunner:
         return tokens, model(input_ids=tokens, use_cache=False).logits
 
     @torch.inference_mode()
-    def _check_same(self, tokens: torch.Tensor, expected: torch.Tensor, block_size: int) -> None:
+    def _check_same(
+        self, tokens: torch.Tensor, expected: torch.Tensor, block_size: int, rounding: float
+    ) -> None:
         """Refuse a model whose class does something that this runner leaves out.
 
         Examples are scaled or capped logits, and layers that take from the tokens before something
@@ -185,7 +187,7 @@ class ModelRunner:
             difference = logits.float() - expected[:, start:stop].flatten(0, 1).float()
             error = float(difference.abs().amax(-1).median())
             tolerance = 1e-3 if logits.dtype == torch.float32 else 0.05
-            if not error <= tolerance * scale:
+            if not error <= (tolerance + rounding) * scale:
                 raise ModelError(
                     "this model's logits differ between transformers and the engine, which "
                     "computes many texts at a time and each in parts "

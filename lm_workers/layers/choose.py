@@ -13,9 +13,12 @@ from lm_workers.layers.kernels import Kernels
 from lm_workers.layers.linear import PackedProduct, PlainProduct, Product
 from lm_workers.layers.native import NATIVE_DTYPES, NativeKernels
 from lm_workers.layers.panels import (
+    ByteProduct,
+    HalfByteProduct,
     PairProduct,
     PanelProduct,
     TileProduct,
+    load_bytes,
     load_floats,
     load_pairs,
     load_tiles,
@@ -29,10 +32,12 @@ def choose_layout(name: LayoutName, dtype: torch.dtype, device: str) -> type[Pro
     """The layout of the weights.
 
     Raises:
-        ConfigError: `packed` where there is no such layout.
+        ConfigError: `packed` or `int8` where there is no such layout.
     """
     if name == "plain":
         return PlainProduct
+    if name == "int8":
+        return _bytes(dtype, device)
     reason = f"it is for float32 and bfloat16 on a CPU, not for {dtype} on {device}"
     if device == "cpu" and dtype == torch.float32:
         try:
@@ -55,6 +60,17 @@ def choose_layout(name: LayoutName, dtype: torch.dtype, device: str) -> type[Pro
     if name == "packed":
         raise ConfigError(f"linear: packed is not possible: {reason}; use auto", "linear")
     return PlainProduct
+
+
+def _bytes(dtype: torch.dtype, device: str) -> type[Product]:
+    reason = f"it is for float32 and bfloat16 on a CPU, not for {dtype} on {device}"
+    if device == "cpu" and dtype in NATIVE_DTYPES:
+        try:
+            load_bytes(dtype)
+            return ByteProduct if dtype == torch.float32 else HalfByteProduct
+        except CompileError as error:
+            reason = str(error)
+    raise ConfigError(f"linear: int8 is not possible: {reason}; use auto", "linear")
 
 
 def choose_kernels(name: KernelsName, dtype: torch.dtype, device: str) -> Kernels:

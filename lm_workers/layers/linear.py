@@ -30,12 +30,15 @@ class Product(ABC):
         widens: whether it also takes weights of a narrower dtype than it computes in.
         stacks: whether the V of updates cost least below the weights that read the same input.
         taped: whether a `Tape` notes it.
+        rounding: how far logits may be off by it, as a share of their size, beside what the dtype
+            explains.
     """
 
     min_rows: ClassVar[int]
     widens: ClassVar[bool] = False
     stacks: ClassVar[bool] = True
     taped: ClassVar[bool] = False
+    rounding: ClassVar[float] = 0.0
 
     @abstractmethod
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None: ...

@@ -11,6 +11,7 @@ import torch
 
 from lm_workers.layers.compiler import CompileError, compile_library
 from lm_workers.layers.linear import Lookup, Product
+from lm_workers.layers.native import NATIVE_DTYPES
 from lm_workers.layers.tape import Function, empty
 from lm_workers.memory import LargePages
 
@@ -102,6 +103,47 @@ class PanelProduct(_Panels):
         return panels, product, Function(library, f"rows_of_{kind}", _ROWS)
 
 
+class _BytePanels(_Panels):
+    """Nearly the numbers of `PlainProduct`, from weights in 8 bits.
+
+    Every output of a weight has a scale of its own, and so has every row that is multiplied: both
+    are brought to whole numbers from -127 to 127, rows as they come. Sums are exact.
+
+    Raises:
+        CompileError: the CPU has no instruction for it, or no compiler takes the source.
+    """
+
+    rounding = 0.1
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        super().__init__(weight, None if bias is None else bias.to(self.dtype).contiguous())
+
+    def _lay_out(self, weight: torch.Tensor) -> tuple[torch.Tensor, Function, Function]:
+        library = load_bytes(self.dtype)
+        panels = _MEMORY.zeros(library.panels_size(self._outputs, self._inputs), torch.int32)
+        at = panels.data_ptr()
+        for part in weight.split(_PART):
+            wide = part.float()
+            library.lay_out(
+                wide.data_ptr(), *wide.stride(), len(wide), self._inputs, at, self._threads
+            )
+            at += 4 * library.panels_size(len(wide), self._inputs)
+        return panels, Function(library, "product", _PRODUCT), Function(library, "rows", _ROWS)
+
+
+class ByteProduct(_BytePanels):
+    """In float32 but for the weights."""
+
+    dtype = torch.float32
+    widens = True
+
+
+class HalfByteProduct(_BytePanels):
+    """In bfloat16 but for the weights."""
+
+    dtype = torch.bfloat16
+
+
 class _HalfPanels(_Panels):
     """In bfloat16."""
 
@@ -161,6 +203,14 @@ def load_floats() -> ctypes.CDLL:
     """The functions for float32. Raises CompileError where there is no compiler."""
     library = compile_library("product.cpp", "FLOAT32")
     _declare(library, 1)
+    return library
+
+
+@cache
+def load_bytes(dtype: torch.dtype) -> ctypes.CDLL:
+    """The functions for weights in 8 bits, beside `dtype`. Raises CompileError as the others do."""
+    library = compile_library("product_int8.cpp", NATIVE_DTYPES[dtype])
+    _declare(library, 0)
     return library
 
 

@@ -1,0 +1,149 @@
+"""What a layout of the weights costs in quality: the loss of real text, unadapted and adapted.
+
+    python tests/bench/layout_loss.py --out runs/layout_loss      # six minutes on two cores
+
+Each engine reads the same texts and tells the log-probability of every token after the first:
+validation documents of the data folder (`CHAMELEON_DATA`, or ../shared/data beside the repository),
+or the files that `--text` names, of each its first `--tokens` tokens. Adapted, each text runs under
+the update of its own cluster in the shipped bundle. Writes layout_loss.json to `--out`, and prints
+how much larger the mean loss is than the first layout's, with the standard error of that over
+texts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import itertools
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from adapter_gen.bundle import Bundle
+from adapter_gen.generator import AdapterGenerator
+from cluster_router.clusters import Assigner
+from cluster_router.embedding import TokenEmbedder
+from cluster_router.index import FaissIndex
+from cluster_router.wire.types import Assignment, SamplingParams, TokenChunk, TokenizedRequest
+from deploy.config import SHIPPED
+from lm_workers.build import build_engine
+from lm_workers.config import EngineConfig
+from lm_workers.engine import SteppedEngine
+from lm_workers.models import (
+    DEFAULT_MODEL,
+    describe_model,
+    load_embedding,
+    load_tokenizer,
+    resolve_model,
+)
+
+Prompt = tuple[int, ...]
+DATA = Path(__file__).parents[3] / "shared" / "data"
+SCORE = SamplingParams(max_tokens=0, temperature=0, prompt_logprobs=0)
+
+
+def documents(folder: Path, of_each: int) -> Iterator[str]:
+    """The first documents of each domain's validation split."""
+    for file in sorted(folder.glob("*.validation.jsonl.gz")):
+        with gzip.open(file, "rt", encoding="utf-8") as lines:
+            for line in itertools.islice(lines, of_each):
+                yield json.loads(line)["text"]
+
+
+def assignments(bundle: Bundle, path: Path, prompts: Sequence[Prompt]) -> list[Assignment]:
+    """What the service would run each prompt under."""
+    embedder = TokenEmbedder(load_embedding(path), bundle.token_weights)
+    seen = None if bundle.embedding is None else bundle.embedding.tokens
+    assigner = Assigner(
+        bundle.snapshot,
+        FaissIndex,
+        describe_model(path, DEFAULT_MODEL).fingerprint,
+        bundle.hypernetwork_id,
+    )
+    return [assigner.assign(embedder.embed(prompt[:seen])) for prompt in prompts]
+
+
+def losses(
+    engine: SteppedEngine,
+    generator: AdapterGenerator,
+    prompts: Sequence[Prompt],
+    assigned: Sequence[Assignment],
+) -> list[float]:
+    """Mean loss in nats of each prompt's tokens but the first, each read alone."""
+    found = []
+    for number, (prompt, assignment) in enumerate(zip(prompts, assigned, strict=True)):
+        key, conditioning = assignment.key, assignment.conditioning
+        delta = None if key is None else generator.generate(key, conditioning)
+        engine.add(TokenizedRequest(str(number), prompt, SCORE, assignment), delta)
+        scored: list[float] = []
+        while engine.has_work:
+            for outcome in engine.step():
+                assert isinstance(outcome, TokenChunk), outcome
+                entries = outcome.prompt_logprobs or ()
+                scored += [one.logprob for one in entries if one.logprob is not None]
+        assert len(scored) == len(prompt) - 1
+        found.append(-float(np.mean(scored)))
+    return found
+
+
+def measure(args: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
+    """By layout, and by whether adapted, each text's loss."""
+    path, bundle = resolve_model(DEFAULT_MODEL), Bundle.load(SHIPPED / DEFAULT_MODEL, None)
+    tokenizer, generator = load_tokenizer(path), AdapterGenerator(bundle)
+    texts = [file.read_text(encoding="utf-8") for file in args.text]
+    texts = texts or [*documents(args.data, args.of_each)]
+    if not texts:
+        raise SystemExit(f"{args.data} holds no validation documents; name files with --text")
+    prompts = [tuple(tokenizer(text).input_ids[: args.tokens]) for text in texts]
+    adapted = assignments(bundle, path, prompts)
+    runs = {"off": [Assignment(key=None)] * len(prompts), "on": adapted}
+    rows: dict[str, dict[str, list[float]]] = {}
+    for layout in args.linear:
+        config = EngineConfig(device="cpu", dtype=args.dtype, linear=layout, prefix_cache=False)
+        engine = build_engine(path, config, (bundle.spec, bundle.bases))
+        rows[layout] = {
+            name: losses(engine, generator, prompts, assigned) for name, assigned in runs.items()
+        }
+        print(summary(rows, layout), flush=True)
+    return rows
+
+
+def summary(rows: dict[str, dict[str, list[float]]], layout: str) -> str:
+    """One layout beside the first."""
+    first, told = next(iter(rows.values())), []
+    for name, found in rows[layout].items():
+        more = np.subtract(found, first[name])
+        error = more.std(ddof=1) / len(more) ** 0.5 if len(more) > 1 else float("nan")
+        told.append(
+            f"{name} {np.mean(found):.4f} nats a token, {more.mean():+.4f} ({error:.4f})"
+            f" [{more.min():+.3f} to {more.max():+.3f}]"
+        )
+    return f"{layout}, {len(found)} texts: " + "; ".join(told)
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--linear", nargs="+", default=["auto", "int8"])
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--text", nargs="*", type=Path, default=[])
+    parser.add_argument("--data", type=Path, default=Path(os.environ.get("CHAMELEON_DATA", DATA)))
+    parser.add_argument("--of-each", type=int, default=8, help="documents of each domain")
+    parser.add_argument("--tokens", type=int, default=512, help="most of a text")
+    parser.add_argument("--out", type=Path, default=Path("runs/layout_loss"))
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measure, print and write."""
+    args = arguments()
+    rows = measure(args)
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "layout_loss.json").write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
