@@ -2,6 +2,11 @@
 // four bytes (AVX-512 VNNI), which are summed exactly. Each output column of W has a scale, and so
 // has each row of x, which is brought to 8 bits here.
 //
+// A few inputs of a language model are far larger than the others, to which a row's scale would
+// leave next to nothing. So before they are rounded both sides are spread: multiplied, 64 inputs at
+// a time, by a Hadamard matrix H, which gives each number a share of all. As H^T H is 64 times the
+// identity, products stay what they are. (Rotations against outliers: QuaRot, arXiv 2404.00456.)
+//
 // The instruction takes one side without sign: weights are stored 128 too large, and 128 times the
 // sum of a row is taken from its products. Behind the words of a panel lie its columns' scales.
 
@@ -19,6 +24,8 @@ namespace {
 
 constexpr float MOST = 127;  // of a signed byte, both ways
 constexpr int64_t ZERO = 128;
+constexpr int64_t BLOCK = 64;  // numbers that are spread together, where inputs fill whole blocks
+constexpr float ROOT = 8;      // of BLOCK, by which they grow
 
 int64_t words_of(int64_t inputs) { return (inputs + 3) / 4; }
 
@@ -37,19 +44,66 @@ int64_t scale_place(int64_t column, int64_t inputs) {
 
 inline vi whole(vf v) { return (vi)_mm512_cvtps_epi32((__m512)v); }
 
-// The largest of the numbers without their signs; one that is none counts for more than all others.
-inline float largest_size(const T* x, int64_t n) {
-  vu most{};
-  for (int64_t k = 0; k < n; k += W) {
-    vu bits = (vu)load(x + k, n - k) & 0x7fffffffu;
-    most = bits > most ? bits : most;
+bool is_spread(int64_t inputs) { return inputs % BLOCK == 0; }
+
+// Sums and differences of neighbours at a distance, in each vector.
+template <int64_t DISTANCE>
+inline vf mixed(vf v) {
+  vi from;
+  vf sign;
+#pragma GCC unroll 16
+  for (int64_t i = 0; i < W; i++) {
+    from[i] = i ^ DISTANCE;
+    sign[i] = i & DISTANCE ? -1 : 1;
   }
-  // Sizes, as whole numbers, are in the order of what they mean.
-  uint32_t found = _mm512_reduce_max_epu32((__m512i)most);
-  float size;
-  std::memcpy(&size, &found, sizeof size);
-  return size;
+  return __builtin_shuffle(v, from) + sign * v;
 }
+
+// Multiply a block by H, in place.
+inline void spread_block(float* x) {
+  constexpr int64_t VECTORS = BLOCK / W;
+  vf v[VECTORS];
+  for (int64_t i = 0; i < VECTORS; i++)
+    v[i] = mixed<8>(mixed<4>(mixed<2>(mixed<1>(load(x + i * W)))));
+  for (int64_t distance = 1; distance < VECTORS; distance *= 2)
+    for (int64_t i = 0; i < VECTORS; i++)
+      if (!(i & distance)) {
+        vf low = v[i], high = v[i + distance];
+        v[i] = low + high;
+        v[i + distance] = low - high;
+      }
+  for (int64_t i = 0; i < VECTORS; i++) store(x + i * W, v[i]);
+}
+
+// A row of a matrix, spread where that can be. There are zeros behind it.
+struct Row {
+  std::vector<float> numbers;
+
+  float* fit(int64_t inputs) {
+    numbers.assign((inputs + W - 1) / W * W, 0);
+    return numbers.data();
+  }
+
+  // The largest number without its sign; one that is none counts for more than all others.
+  float spread(int64_t inputs) {
+    float* x = numbers.data();
+    if (is_spread(inputs))
+      for (int64_t k = 0; k < inputs; k += BLOCK) spread_block(x + k);
+    vu most{};
+    for (int64_t k = 0; k < inputs; k += W) {
+      vu bits = (vu)load(x + k) & 0x7fffffffu;
+      most = bits > most ? bits : most;
+    }
+    // Sizes, as whole numbers, are in the order of what they mean.
+    uint32_t found = _mm512_reduce_max_epu32((__m512i)most);
+    float size;
+    std::memcpy(&size, &found, sizeof size);
+    return size;
+  }
+};
+
+// What one of a row's units is, where its largest number has this size.
+float unit(float size, int64_t inputs) { return size / MOST / (is_spread(inputs) ? ROOT : 1); }
 
 // Rows of x in 8 bits, with zeros up to whole words; what one of their units is, and 128 times
 // their sums. It keeps its memory: asked for anew it may be fresh pages.
@@ -66,16 +120,19 @@ struct Bytes {
   }
 
   void fill(int64_t row, const T* x, int64_t inputs) {
-    float size = largest_size(x, inputs);
+    static thread_local Row kept;
+    float* from = kept.fit(inputs);
+    for (int64_t k = 0; k < inputs; k += W) store(from + k, load(x + k, inputs - k));
+    float size = kept.spread(inputs);
     float per_unit = size > 0 ? MOST / size : 0;
     vi sums{};
     for (int64_t k = 0; k < inputs; k += W) {
-      vi bytes = whole(load(x + k, inputs - k) * per_unit);
+      vi bytes = whole(load(from + k) * per_unit);
       sums += bytes;
       __m128i narrow = _mm512_cvtsepi32_epi8((__m512i)bytes);
       std::memcpy(&numbers[row * width + k], &narrow, std::min(W, width - k));
     }
-    units[row] = size / MOST;
+    units[row] = unit(size, inputs);
     excess[row] = ZERO * _mm512_reduce_add_epi32((__m512i)sums);
   }
 };
@@ -127,14 +184,22 @@ void product(const T* x, int64_t x_stride, const uint32_t* panels, const T* bias
 // The weights of some output columns, as near as they are stored.
 void rows(const uint8_t* panels, const int64_t* columns, T* to, int64_t count, int64_t inputs,
           int64_t threads) {
-  const float* words = (const float*)panels;
-#pragma omp parallel for num_threads(threads)
-  for (int64_t i = 0; i < count; i++)
-    for (int64_t k = 0; k < inputs; k++) {
-      int64_t byte = panels[place(columns[i], k, inputs)];
-      vf number = splat((float)(byte - ZERO) * words[scale_place(columns[i], inputs)]);
-      store(to + i * inputs + k, number, 1);
+#pragma omp parallel num_threads(threads)
+  {
+    Row row;
+    float* from = row.fit(inputs);
+#pragma omp for
+    for (int64_t i = 0; i < count; i++) {
+      for (int64_t k = 0; k < inputs; k++) from[k] = panels[place(columns[i], k, inputs)] - ZERO;
+      float one = ((const float*)panels)[scale_place(columns[i], inputs)];
+      if (is_spread(inputs)) {
+        row.spread(inputs);
+        one /= ROOT;
+      }
+      for (int64_t k = 0; k < inputs; k += W)
+        store(to + i * inputs + k, load(from + k) * one, inputs - k);
     }
+  }
 }
 
 }  // namespace
@@ -152,15 +217,19 @@ int64_t panels_size(int64_t outputs, int64_t inputs) {
 // Bring a weight to 8 bits, and into its place in `panels`.
 void lay_out(const float* weight, int64_t stride, int64_t step, int64_t outputs, int64_t inputs,
              uint32_t* panels, int64_t threads) {
-#pragma omp parallel for num_threads(threads)
-  for (int64_t column = 0; column < outputs; column++) {
-    const float* from = weight + column * stride;
-    float size = 0;
-    for (int64_t k = 0; k < inputs; k++) size = std::max(size, std::fabs(from[k * step]));
-    float per_unit = size > 0 ? MOST / size : 0;
-    for (int64_t k = 0; k < inputs; k++)
-      ((uint8_t*)panels)[place(column, k, inputs)] = ZERO + std::lrintf(from[k * step] * per_unit);
-    ((float*)panels)[scale_place(column, inputs)] = size / MOST;
+#pragma omp parallel num_threads(threads)
+  {
+    Row row;
+    float* from = row.fit(inputs);
+#pragma omp for
+    for (int64_t column = 0; column < outputs; column++) {
+      for (int64_t k = 0; k < inputs; k++) from[k] = weight[column * stride + k * step];
+      float size = row.spread(inputs);
+      float per_unit = size > 0 ? MOST / size : 0;
+      for (int64_t k = 0; k < inputs; k++)
+        ((uint8_t*)panels)[place(column, k, inputs)] = ZERO + std::lrintf(from[k] * per_unit);
+      ((float*)panels)[scale_place(column, inputs)] = unit(size, inputs);
+    }
   }
 }
 

@@ -22,17 +22,35 @@ has_bytes = pytest.mark.skipif(
 LAYOUTS = pytest.mark.parametrize("layout", [ByteProduct, HalfByteProduct])
 
 
+def spread(rows: torch.Tensor) -> torch.Tensor:
+    """Rows [N, K] as they are rounded: 64 inputs at a time by a Hadamard matrix, where they fit.
+
+    Its own inverse.
+    """
+    if rows.shape[1] % 64:
+        return rows.float()
+    hadamard = torch.ones(1, 1)
+    for _ in range(6):
+        hadamard = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]]), hadamard)
+    return (rows.float().unflatten(1, (-1, 64)) @ (hadamard / 8)).flatten(1)
+
+
 def in_bytes(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows [N, K] as whole numbers, and what one of their units is [N, 1]."""
-    size = rows.float().abs().amax(1, keepdim=True)
+    size = rows.abs().amax(1, keepdim=True)
     per_unit = torch.where(size > 0, torch.full_like(size, 127) / size, 0)  # rounded once
-    return (rows.float() * per_unit).round().double(), (size / 127).double()
+    return (rows * per_unit).round().double(), (size / 127).double()
 
 
 def plain_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """What the layout gives, before it is rounded to its dtype."""
-    (rows, row_unit), (columns, column_unit) = in_bytes(x), in_bytes(weight)
+    (rows, row_unit), (columns, column_unit) = in_bytes(spread(x)), in_bytes(spread(weight))
     return rows @ columns.T * row_unit * column_unit.T + bias.double()
+
+
+def whole_numbers(*shape: int) -> torch.Tensor:
+    """Small ones: whatever order they are spread in, no sum is rounded."""
+    return torch.randint(-8, 9, shape)
 
 
 @has_bytes
@@ -43,9 +61,9 @@ def test_bytes_give_the_numbers_that_whole_numbers_give_and_the_same_for_any_num
     cxx: str, shape: tuple[int, int], layout: type[ByteProduct]
 ) -> None:
     torch.manual_seed(0)
-    weight = torch.randn(shape[1], shape[0]).to(layout.dtype)
+    weight = whole_numbers(shape[1], shape[0]).to(layout.dtype)
     bias = torch.randn(shape[1]).to(layout.dtype)
-    x = torch.randn(600, shape[0] + 3).to(layout.dtype)[:, : shape[0]]
+    x = whole_numbers(600, shape[0] + 3).to(layout.dtype)[:, : shape[0]]
     expected = plain_product(x, weight, bias)
     product = layout(weight, bias)
     found = product(x)
@@ -64,16 +82,39 @@ def test_bytes_give_the_numbers_that_whole_numbers_give_and_the_same_for_any_num
 @has_bytes
 @torch.inference_mode()
 @LAYOUTS
-def test_rows_of_a_weight_are_looked_up_as_they_are_multiplied_with(
+def test_inputs_far_larger_than_the_others_leave_these_their_part(
     cxx: str, layout: type[ByteProduct]
 ) -> None:
     torch.manual_seed(0)
-    weight = torch.randn(70, 33).to(layout.dtype)
-    whole, unit = in_bytes(weight)
+    weight, x = torch.randn(96, 576).to(layout.dtype), torch.randn(40, 576).to(layout.dtype)
+    x[:, 70] *= 100
+    exact = x.double() @ weight.double().T
+    theirs = exact - x[:, 70:71].double() @ weight[:, 70:71].double().T
+    (rows, row_unit), (columns, column_unit) = in_bytes(x.float()), in_bytes(weight.float())
+    unspread = rows @ columns.T * row_unit * column_unit.T
+
+    def error(found: torch.Tensor) -> float:
+        return float((found.double() - exact).norm() / theirs.norm())
+
+    assert error(layout(weight, None)(x)) < 0.06 < 0.2 < error(unspread)
+
+
+@has_bytes
+@torch.inference_mode()
+@LAYOUTS
+@pytest.mark.parametrize("inputs", [33, 192])
+def test_rows_of_a_weight_are_looked_up_as_they_are_multiplied_with(
+    cxx: str, layout: type[ByteProduct], inputs: int
+) -> None:
+    torch.manual_seed(0)
+    weight = whole_numbers(70, inputs).to(layout.dtype)
+    whole, unit = in_bytes(spread(weight))
     some = torch.randint(len(weight), (50, 2))[:, 0]
     found = layout(weight, None).rows(some)
     assert found.dtype == layout.dtype
-    torch.testing.assert_close(found.double(), (whole * unit)[some], rtol=2**-8, atol=0)
+    expected = spread(whole * unit)[some]
+    torch.testing.assert_close(found.float(), expected, rtol=2**-8, atol=1e-5)
+    torch.testing.assert_close(found.float(), weight[some].float(), rtol=0, atol=0.2)
 
 
 @has_bytes
@@ -107,7 +148,9 @@ def test_answers_do_not_depend_on_their_company(
 
     asked = mixed(deltas)
     found = answers(engine(), asked)
-    alone: Asked = [(request(one.prompt_tokens, **one.sampling.model_dump()), d) for one, d in asked]
+    alone: Asked = [
+        (request(one.prompt_tokens, **one.sampling.model_dump()), d) for one, d in asked
+    ]
     by_itself = engine()
     assert [answers(by_itself, [one])[0] for one in alone] == found
     assert answers(engine(), mixed([None])) != found
