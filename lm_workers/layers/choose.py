@@ -36,15 +36,22 @@ def choose_layout(name: LayoutName, dtype: torch.dtype, device: str) -> type[Pro
     """
     if name == "plain":
         return PlainProduct
-    if name == "int8":
-        return _bytes(dtype, device)
-    reason = f"it is for float32 and bfloat16 on a CPU, not for {dtype} on {device}"
+    found = _bytes(dtype, device) if name == "int8" else _packed(dtype, device)
+    if not isinstance(found, str):
+        return found
+    if name != "auto":
+        raise ConfigError(f"linear: {name} is not possible: {found}; use auto", "linear")
+    return PlainProduct
+
+
+def _packed(dtype: torch.dtype, device: str) -> type[Product] | str:
+    """The layout for this CPU's kernels, or why there is none."""
     if device == "cpu" and dtype == torch.float32:
         try:
             load_floats()
             return PanelProduct
         except CompileError as error:
-            reason = str(error)
+            return str(error)
     if device == "cpu" and dtype == torch.bfloat16:
         try:
             if torch.cpu._is_amx_tile_supported():
@@ -54,23 +61,23 @@ def choose_layout(name: LayoutName, dtype: torch.dtype, device: str) -> type[Pro
             return PairProduct
         except CompileError as error:
             log.info("bfloat16 products are oneDNN's: %s", error)
-        if _onednn_has_bfloat16():
-            return PackedProduct
-        reason = "this CPU does not compute in bfloat16"
-    if name == "packed":
-        raise ConfigError(f"linear: packed is not possible: {reason}; use auto", "linear")
-    return PlainProduct
+        return PackedProduct if _onednn_has_bfloat16() else "this CPU does not compute in bfloat16"
+    return _elsewhere(dtype, device)
 
 
-def _bytes(dtype: torch.dtype, device: str) -> type[Product]:
-    reason = f"it is for float32 and bfloat16 on a CPU, not for {dtype} on {device}"
-    if device == "cpu" and dtype in NATIVE_DTYPES:
-        try:
-            load_bytes(dtype)
-            return ByteProduct if dtype == torch.float32 else HalfByteProduct
-        except CompileError as error:
-            reason = str(error)
-    raise ConfigError(f"linear: int8 is not possible: {reason}; use auto", "linear")
+def _bytes(dtype: torch.dtype, device: str) -> type[Product] | str:
+    """The layout in 8 bits, or why there is none."""
+    if device != "cpu" or dtype not in NATIVE_DTYPES:
+        return _elsewhere(dtype, device)
+    try:
+        load_bytes(dtype)
+    except CompileError as error:
+        return str(error)
+    return ByteProduct if dtype == torch.float32 else HalfByteProduct
+
+
+def _elsewhere(dtype: torch.dtype, device: str) -> str:
+    return f"it is for float32 and bfloat16 on a CPU, not for {dtype} on {device}"
 
 
 def choose_kernels(name: KernelsName, dtype: torch.dtype, device: str) -> Kernels:

@@ -165,9 +165,11 @@ def test_the_settings_choose_it_and_nothing_else_does(cxx: str) -> None:
 
 
 def test_where_it_cannot_be_the_setting_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ConfigError, match="int8 is not possible: .* not for torch.float16 on cpu"):
+    with pytest.raises(
+        ConfigError, match=r"int8 is not possible: .* not for torch\.float16 on cpu"
+    ):
         choose_layout("int8", torch.float16, "cpu")
-    with pytest.raises(ConfigError, match="not for torch.bfloat16 on cuda"):
+    with pytest.raises(ConfigError, match=r"not for torch\.bfloat16 on cuda"):
         choose_layout("int8", torch.bfloat16, "cuda")
 
     def refuse(dtype: torch.dtype) -> None:
