@@ -24,6 +24,7 @@ import numpy as np
 
 from adapter_gen.bundle import Bundle
 from adapter_gen.generator import AdapterGenerator
+from adapter_gen.update import LoraDelta
 from cluster_router.clusters import Assigner
 from cluster_router.embedding import TokenEmbedder
 from cluster_router.index import FaissIndex
@@ -53,31 +54,28 @@ def documents(folder: Path, of_each: int) -> Iterator[str]:
                 yield json.loads(line)["text"]
 
 
-def assignments(bundle: Bundle, path: Path, prompts: Sequence[Prompt]) -> list[Assignment]:
+def updates(bundle: Bundle, path: Path, prompts: Sequence[Prompt]) -> list[LoraDelta | None]:
     """What the service would run each prompt under."""
     embedder = TokenEmbedder(load_embedding(path), bundle.token_weights)
     seen = None if bundle.embedding is None else bundle.embedding.tokens
-    assigner = Assigner(
-        bundle.snapshot,
-        FaissIndex,
-        describe_model(path, DEFAULT_MODEL).fingerprint,
-        bundle.hypernetwork_id,
-    )
-    return [assigner.assign(embedder.embed(prompt[:seen])) for prompt in prompts]
+    base = describe_model(path, DEFAULT_MODEL).fingerprint
+    assigner = Assigner(bundle.snapshot, FaissIndex, base, bundle.hypernetwork_id)
+    generator, found = AdapterGenerator(bundle), list[LoraDelta | None]()
+    for prompt in prompts:
+        assigned = assigner.assign(embedder.embed(prompt[:seen]))
+        assert assigned.key is not None
+        found.append(generator.generate(assigned.key, assigned.conditioning))
+    return found
 
 
 def losses(
-    engine: SteppedEngine,
-    generator: AdapterGenerator,
-    prompts: Sequence[Prompt],
-    assigned: Sequence[Assignment],
+    engine: SteppedEngine, prompts: Sequence[Prompt], deltas: Sequence[LoraDelta | None]
 ) -> list[float]:
     """Mean loss in nats of each prompt's tokens but the first, each read alone."""
     found = []
-    for number, (prompt, assignment) in enumerate(zip(prompts, assigned, strict=True)):
-        key, conditioning = assignment.key, assignment.conditioning
-        delta = None if key is None else generator.generate(key, conditioning)
-        engine.add(TokenizedRequest(str(number), prompt, SCORE, assignment), delta)
+    for number, (prompt, delta) in enumerate(zip(prompts, deltas, strict=True)):
+        assigned = Assignment(None if delta is None else delta.key)
+        engine.add(TokenizedRequest(str(number), prompt, SCORE, assigned), delta)
         scored: list[float] = []
         while engine.has_work:
             for outcome in engine.step():
@@ -92,21 +90,18 @@ def losses(
 def measure(args: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
     """By layout, and by whether adapted, each text's loss."""
     path, bundle = resolve_model(DEFAULT_MODEL), Bundle.load(SHIPPED / DEFAULT_MODEL, None)
-    tokenizer, generator = load_tokenizer(path), AdapterGenerator(bundle)
+    tokenizer = load_tokenizer(path)
     texts = [file.read_text(encoding="utf-8") for file in args.text]
     texts = texts or [*documents(args.data, args.of_each)]
     if not texts:
         raise SystemExit(f"{args.data} holds no validation documents; name files with --text")
     prompts = [tuple(tokenizer(text).input_ids[: args.tokens]) for text in texts]
-    adapted = assignments(bundle, path, prompts)
-    runs = {"off": [Assignment(key=None)] * len(prompts), "on": adapted}
+    runs = {"off": [None] * len(prompts), "on": updates(bundle, path, prompts)}
     rows: dict[str, dict[str, list[float]]] = {}
     for layout in args.linear:
         config = EngineConfig(device="cpu", dtype=args.dtype, linear=layout, prefix_cache=False)
         engine = build_engine(path, config, (bundle.spec, bundle.bases))
-        rows[layout] = {
-            name: losses(engine, generator, prompts, assigned) for name, assigned in runs.items()
-        }
+        rows[layout] = {name: losses(engine, prompts, deltas) for name, deltas in runs.items()}
         print(summary(rows, layout), flush=True)
     return rows
 

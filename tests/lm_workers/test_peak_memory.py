@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from cluster_router.wire.errors import ConfigError
 from lm_workers.layers.choose import choose_layout
 from lm_workers.layers.panels import PairProduct, PanelProduct, TileProduct
 from lm_workers.models import load_causal_lm, load_copied
@@ -29,7 +30,8 @@ def memory(name):
 path = pathlib.Path(sys.argv[1])
 load_tokenizer(path)
 libraries = memory("VmRSS")
-engine = build_engine(path, EngineConfig(dtype=sys.argv[2], device="cpu", cpu_threads=1))
+config = EngineConfig(dtype=sys.argv[2], linear=sys.argv[3], device="cpu", cpu_threads=1)
+engine = build_engine(path, config)
 sampling = SamplingParams(max_tokens=2, temperature=0)
 for number in range(4):
     prompt = tuple(range(100 + number, 132 + number))
@@ -40,6 +42,17 @@ print(memory("VmHWM") - libraries, memory("VmRSS") - libraries)
 """
 
 
+def peak_and_after(model: Path, dtype: str, linear: str) -> tuple[float, float]:
+    """As shares of what is stored."""
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(model), dtype, linear],
+        capture_output=True, text=True, check=True, timeout=240,
+    )  # fmt: skip
+    stored = (model / "model.safetensors").stat().st_size
+    peak, after = map(int, done.stdout.split())
+    return peak / stored, after / stored
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_an_engine_takes_little_more_than_the_stored_weights(
     cxx: str, default_model: Path, dtype: str
@@ -47,16 +60,22 @@ def test_an_engine_takes_little_more_than_the_stored_weights(
     layout = choose_layout("auto", DTYPES[dtype], "cpu")
     if layout not in (PanelProduct, PairProduct, TileProduct):
         pytest.skip(f"this CPU does not compute in {dtype}, or torch does it for it")
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(default_model), dtype],
-        capture_output=True, text=True, check=True, timeout=240,
-    )  # fmt: skip
-    stored = (default_model / "model.safetensors").stat().st_size
-    peak, after = map(int, done.stdout.split())
+    peak, after = peak_and_after(default_model, dtype, "auto")
     # Beside the weights: the embedding once more, a matrix on its way, activations, allocators.
-    assert peak < 1.6 * stored
+    assert peak < 1.6
     # The embedding is the head's panels then.
-    assert after < 1.35 * stored
+    assert after < 1.35
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_in_8_bits_it_takes_less_than_is_stored(cxx: str, default_model: Path, dtype: str) -> None:
+    try:
+        choose_layout("int8", DTYPES[dtype], "cpu")
+    except ConfigError as error:
+        pytest.skip(str(error))
+    peak, after = peak_and_after(default_model, dtype, "int8")
+    assert peak < 1.6
+    assert after < 0.85
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
