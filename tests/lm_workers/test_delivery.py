@@ -66,6 +66,12 @@ async def test_what_waits_is_sent_for_all_streams_at_once() -> None:
     assert await steps.step(0.01, a=chunk(5)) == {}
 
 
+async def test_requests_that_have_not_begun_slow_nobody_down() -> None:
+    steps = Steps(50, "a", *(f"waiting{number}" for number in range(9)))
+    await steps.step(0.01, a=chunk(0))
+    assert await steps.step(0.01, a=chunk(1)) == {"a": [chunk(1)]}
+
+
 @pytest.mark.parametrize(("took_s", "sent_by"), [(0.03, 3), (0.045, 2), (0.3, 1)])
 async def test_no_token_waits_longer_than_a_tenth_of_a_second_and_half_a_step(
     took_s: float, sent_by: int
