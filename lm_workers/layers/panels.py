@@ -42,6 +42,16 @@ class _Panels(Product):
     def _lay_out(self, weight: torch.Tensor) -> tuple[torch.Tensor, Function, Function]:
         """The panels, the function that multiplies with them, and the one that reads them."""
 
+    def _fill(
+        self, panels: torch.Tensor, weight: torch.Tensor, library: ctypes.CDLL, *form: int
+    ) -> None:
+        """Lay a weight out that is read in float32, a part of it at a time in that."""
+        at = panels.data_ptr()
+        for part in weight.split(_PART):
+            wide = part.float()
+            library.lay_out(wide.data_ptr(), *wide.stride(), *wide.shape, *form, at, self._threads)
+            at += 4 * library.panels_size(*wide.shape, *form)
+
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x [T, in] -> [T, out]."""
         if x.stride(1) != 1:
@@ -91,13 +101,7 @@ class PanelProduct(_Panels):
         library, halves = load_floats(), int(is_bfloat16(weight))
         size = library.panels_size(self._outputs, self._inputs, halves)
         panels = _MEMORY.zeros(size, torch.float32)
-        at = panels.data_ptr()
-        for part in weight.split(_PART):
-            wide = part.float()
-            library.lay_out(
-                wide.data_ptr(), *wide.stride(), len(wide), self._inputs, halves, at, self._threads
-            )
-            at += 4 * library.panels_size(len(wide), self._inputs, halves)
+        self._fill(panels, weight, library, halves)
         kind = "halves" if halves else "floats"
         product = Function(library, f"product_of_{kind}", _PRODUCT)
         return panels, product, Function(library, f"rows_of_{kind}", _ROWS)
@@ -107,7 +111,8 @@ class _BytePanels(_Panels):
     """Nearly the numbers of `PlainProduct`, from weights in 8 bits.
 
     Every output of a weight has a scale of its own, and so has every row that is multiplied: both
-    are brought to whole numbers from -127 to 127, rows as they come. Sums are exact.
+    are brought to whole numbers from -127 to 127, rows as they come, after numbers far larger than
+    the others were spread over their neighbours. Sums are exact.
 
     Raises:
         CompileError: the CPU has no instruction for it, or no compiler takes the source.
@@ -121,13 +126,7 @@ class _BytePanels(_Panels):
     def _lay_out(self, weight: torch.Tensor) -> tuple[torch.Tensor, Function, Function]:
         library = load_bytes(self.dtype)
         panels = _MEMORY.zeros(library.panels_size(self._outputs, self._inputs), torch.int32)
-        at = panels.data_ptr()
-        for part in weight.split(_PART):
-            wide = part.float()
-            library.lay_out(
-                wide.data_ptr(), *wide.stride(), len(wide), self._inputs, at, self._threads
-            )
-            at += 4 * library.panels_size(len(wide), self._inputs)
+        self._fill(panels, weight, library)
         return panels, Function(library, "product", _PRODUCT), Function(library, "rows", _ROWS)
 
 

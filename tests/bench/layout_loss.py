@@ -1,6 +1,6 @@
 """What a layout of the weights costs in quality: the loss of real text, unadapted and adapted.
 
-    python tests/bench/layout_loss.py --out runs/layout_loss      # six minutes on two cores
+    python tests/bench/layout_loss.py --out runs/layout_loss      # five minutes on two cores
 
 Each engine reads the same texts and tells the log-probability of every token after the first:
 validation documents of the data folder (`CHAMELEON_DATA`, or ../shared/data beside the repository),
@@ -13,14 +13,12 @@ texts.
 from __future__ import annotations
 
 import argparse
-import gzip
-import itertools
 import json
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from serving_bench.texts import data_folder, documents
 
 from adapter_gen.bundle import Bundle
 from adapter_gen.generator import AdapterGenerator
@@ -42,16 +40,13 @@ from lm_workers.models import (
 )
 
 Prompt = tuple[int, ...]
-DATA = Path(__file__).parents[3] / "shared" / "data"
 SCORE = SamplingParams(max_tokens=0, temperature=0, prompt_logprobs=0)
 
 
-def documents(folder: Path, of_each: int) -> Iterator[str]:
+def domains(folder: Path, of_each: int) -> list[str]:
     """The first documents of each domain's validation split."""
-    for file in sorted(folder.glob("*.validation.jsonl.gz")):
-        with gzip.open(file, "rt", encoding="utf-8") as lines:
-            for line in itertools.islice(lines, of_each):
-                yield json.loads(line)["text"]
+    files = sorted(folder.glob("*.validation.jsonl.gz"))
+    return [text for file in files for text in documents(file, of_each)]
 
 
 def updates(bundle: Bundle, path: Path, prompts: Sequence[Prompt]) -> list[LoraDelta | None]:
@@ -92,7 +87,7 @@ def measure(args: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
     path, bundle = resolve_model(DEFAULT_MODEL), Bundle.load(SHIPPED / DEFAULT_MODEL, None)
     tokenizer = load_tokenizer(path)
     texts = [file.read_text(encoding="utf-8") for file in args.text]
-    texts = texts or [*documents(args.data, args.of_each)]
+    texts = texts or domains(args.data, args.of_each)
     if not texts:
         raise SystemExit(f"{args.data} holds no validation documents; name files with --text")
     prompts = [tuple(tokenizer(text).input_ids[: args.tokens]) for text in texts]
@@ -125,7 +120,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--linear", nargs="+", default=["auto", "int8"])
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--text", nargs="*", type=Path, default=[])
-    parser.add_argument("--data", type=Path, default=Path(os.environ.get("CHAMELEON_DATA", DATA)))
+    parser.add_argument("--data", type=Path, default=data_folder())
     parser.add_argument("--of-each", type=int, default=8, help="documents of each domain")
     parser.add_argument("--tokens", type=int, default=512, help="most of a text")
     parser.add_argument("--out", type=Path, default=Path("runs/layout_loss"))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from layout_loss import documents, losses, summary
+from layout_loss import domains, losses, summary
 from traffic_cases import CONFIG, prompts, update_of
 
 from lm_workers.build import build_engine
@@ -42,8 +42,9 @@ def test_the_first_documents_of_every_domain_are_read(tmp_path: Path) -> None:
     for name in ("a.validation", "b.validation", "b.test"):
         with gzip.open(tmp_path / f"{name}.jsonl.gz", "wt", encoding="utf-8") as file:
             file.writelines(json.dumps({"text": f"{name} {number}"}) + "\n" for number in range(3))
-    found = [*documents(tmp_path, 2)]
-    assert found == [f"{name}.validation {number}" for name in "ab" for number in range(2)]
+    assert domains(tmp_path, 2) == [
+        f"{name}.validation {number}" for name in "ab" for number in range(2)
+    ]
 
 
 def test_a_layout_is_told_beside_the_first() -> None:

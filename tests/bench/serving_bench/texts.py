@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import os
 from pathlib import Path
@@ -19,16 +20,21 @@ def find_text(named: Path | None) -> tuple[str, str]:
     """
     if named is not None:
         return named.read_text(encoding="utf-8"), named.name
-    folder = Path(os.environ.get("CHAMELEON_DATA", ROOT.parent / "shared" / "data"))
-    files = sorted(folder.glob("*.test.jsonl.gz"))
+    files = sorted(data_folder().glob("*.test.jsonl.gz"))
     if files:
-        texts = [text for file in files for text in _documents(file)]
+        texts = [text for file in files for text in documents(file, DOCUMENTS)]
         return "\n\n".join(texts), f"test split of the data folder, {len(files)} domains"
     from pydoc_data.topics import topics
 
     return "\n\n".join(topics.values()), "Python's help texts (pydoc_data.topics)"
 
 
-def _documents(file: Path) -> list[str]:
+def data_folder() -> Path:
+    """Where it is said to be, or where it lies beside the repository."""
+    return Path(os.environ.get("CHAMELEON_DATA", ROOT.parent / "shared" / "data"))
+
+
+def documents(file: Path, count: int) -> list[str]:
+    """The first ones of a file of the data folder."""
     with gzip.open(file, "rt", encoding="utf-8") as lines:
-        return [json.loads(line)["text"] for _, line in zip(range(DOCUMENTS), lines, strict=False)]
+        return [json.loads(line)["text"] for line in itertools.islice(lines, count)]
