@@ -165,7 +165,8 @@ class CoreHypernetwork(Hypernetwork):
         )
         # Scale and offset of the trunk's output at each site; apart from the start, since the
         # shared last factor can tell sites apart by nothing else.
-        self.sites = nn.Parameter(0.5 * torch.randn(len(spec.sites), 2, width))
+        self.sites = nn.Parameter(torch.empty(len(spec.sites), 2, width))
+        nn.init.normal_(self.sites, std=0.5)
         self.mix = nn.Sequential(nn.GELU(), nn.Linear(width, width), nn.GELU())
         self.cores = nn.Linear(width, spec.rank**2, bias=False)
         self.shift = nn.Linear(width, spec.hidden_size, bias=False)

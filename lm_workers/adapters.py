@@ -131,6 +131,11 @@ class AdapterBank:
             v=torch.cat([self.v[site] for site in sites]),
         )
 
+    def forget_bases(self) -> None:
+        """Give back the U and V, when all `targets` have been asked for, which have their own."""
+        self.u.clear()
+        self.v.clear()
+
     @property
     def resident(self) -> tuple[str, ...]:
         """Ids of the updates held, least recently used first."""

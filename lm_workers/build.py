@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig
 
 from adapter_gen.update import SharedBases, UpdateSpec
-from cluster_router.wire.errors import ConfigError
+from cluster_router.wire.errors import ConfigError, ModelError
 from lm_workers.adapters import AdapterBank
 from lm_workers.config import SLOW_STEP, STEP, EngineConfig
 from lm_workers.detokenizer import TokenTexts
@@ -17,22 +18,26 @@ from lm_workers.engine import Engine, SteppedEngine
 from lm_workers.graphs import choose_recorder
 from lm_workers.kv_cache import BlockPool, KVCache, bytes_per_token, kv_geometry
 from lm_workers.layers.choose import choose_kernels, choose_layout
-from lm_workers.layers.decoder import is_family_config
-from lm_workers.layers.linear import PlainProduct, Product
+from lm_workers.layers.linear import Product
+from lm_workers.memory import give_back
 from lm_workers.models import (
     describe_model,
     load_causal_lm,
-    load_copied,
     load_tokenizer,
     resolve_dtype,
 )
-from lm_workers.models.info import load_config
+from lm_workers.models.config import is_family, load_config
+from lm_workers.models.family import FamilyModel, load_family
+from lm_workers.models.logits import KeptLogits, TriedTexts, compute_logits, widened
 from lm_workers.prefix_cache import PrefixCache
 from lm_workers.runner import ModelRunner
 from lm_workers.sampler import Sampler
 from lm_workers.scheduler import Scheduler, StepBudget
 from lm_workers.vllm.build import build_vllm_engine
 from lm_workers.vllm.config import VllmConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _CPU_CACHE_BYTES = 2**30
 _GPU_FREE_SHARE = 0.8
@@ -63,10 +68,10 @@ def build_engine(
     dtype = resolve_dtype(config.dtype, device)
     info = describe_model(path, str(path))
     layout = choose_layout(config.linear, dtype, device)
-    model = _load_model(path, dtype, device, layout)
+    loaded = _load(path, info.fingerprint, dtype, device, layout)
     max_context = min(config.max_context or info.context_length, info.context_length)
     prefixes = PrefixCache() if config.prefix_cache else None
-    num_blocks = _num_blocks(config, model.config, dtype, device)
+    num_blocks = _num_blocks(config, loaded.model.config, dtype, device)
     pool = BlockPool(num_blocks, config.block_size, prefixes)
     if pool.capacity < max_context:
         raise ConfigError(
@@ -74,22 +79,30 @@ def build_engine(
             f"{max_context}; raise kv_cache_tokens or lower max_context",
             "kv_cache_tokens",
         )
-    cache = KVCache(model.config, pool.num_blocks * config.block_size, dtype, device)
+    cache = KVCache(loaded.model.config, pool.num_blocks * config.block_size, dtype, device)
     bank = None if update is None else AdapterBank(*update, config.max_adapters, dtype, device)
     kernels = choose_kernels(config.kernels, dtype, device)
     budget = step_budget(config, device, dtype)
-    scheduler = Scheduler(config, budget, pool, bank, _context_cost(model))
+    scheduler = Scheduler(config, budget, pool, bank, _context_cost(loaded.model))
     eos = frozenset(info.eos_token_ids)
-    return Engine(
-        runner=ModelRunner(
-            model=model,
+    try:
+        runner = ModelRunner(
+            model=loaded.model,
+            tried=loaded.tried,
             cache=cache,
             block_size=config.block_size,
             bank=bank,
             layout=layout,
             kernels=kernels,
             record=choose_recorder(config.cuda_graphs, device),
-        ),
+        )
+    except ModelError:
+        if loaded.kept is not None:  # the model may be another than when they were computed
+            loaded.kept.forget()
+        raise
+    give_back()  # loading leaves holes
+    return Engine(
+        runner=runner,
         scheduler=scheduler,
         sampler=Sampler(eos, kernels),
         texts=TokenTexts(load_tokenizer(path)),
@@ -97,6 +110,12 @@ def build_engine(
         max_context=max_context,
         vocabulary=info.vocab_size,
     )
+
+
+class _Loaded(NamedTuple):
+    model: FamilyModel | PreTrainedModel
+    tried: TriedTexts
+    kept: KeptLogits | None
 
 
 def step_budget(config: EngineConfig, device: str, dtype: torch.dtype) -> StepBudget:
@@ -109,17 +128,26 @@ def step_budget(config: EngineConfig, device: str, dtype: torch.dtype) -> StepBu
     )
 
 
-def _load_model(
-    path: Path, dtype: torch.dtype, device: str, layout: type[Product]
-) -> PreTrainedModel:
-    """The model, in no wider a dtype than it is stored in where `layout` can take it so."""
-    config = load_config(path)
-    if layout is not PlainProduct and is_family_config(config):  # it copies the weights
-        return load_copied(path, config, dtype, as_stored=layout.widens)
-    return load_causal_lm(path, dtype, device)
+def _load(
+    path: Path, fingerprint: str, dtype: torch.dtype, device: str, layout: type[Product]
+) -> _Loaded:
+    """The model, and what it must give."""
+    config, narrow = load_config(path), layout.widens
+    if not is_family(config):
+        other = load_causal_lm(path, dtype, device)
+        return _Loaded(other, compute_logits(other), None)
+
+    def transformers_own() -> PreTrainedModel:
+        if narrow:
+            return widened(load_causal_lm(path, "auto", device), dtype)
+        return load_causal_lm(path, dtype, device)
+
+    kept = KeptLogits(fingerprint, config, dtype, device)
+    tried = kept.get(transformers_own)
+    return _Loaded(load_family(path, config, dtype, device, as_stored=narrow), tried, kept)
 
 
-def _context_cost(model: PreTrainedModel) -> float:
+def _context_cost(model: FamilyModel | PreTrainedModel) -> float:
     """Multiplications of a token with one token of context, over those with the body's weights."""
     config = model.config
     layers, _, head_dim = kv_geometry(config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import mmap
 import threading
 
@@ -18,6 +19,12 @@ _LINE = 64
 def untouched(size: int) -> torch.Tensor:
     """Zeros, uint8 [size], that take memory only where something was written."""
     return torch.frombuffer(_mapped(max(1, size)), dtype=torch.uint8)[:size]
+
+
+def give_back() -> None:
+    """Return freed memory that the C library keeps to the system, where it can do so (glibc)."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 class LargePages:

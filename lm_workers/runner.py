@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
-from transformers import PreTrainedModel
 
 from cluster_router.wire.errors import ModelError
 from lm_workers.adapters import AdapterBank, RowSlots
@@ -20,9 +19,13 @@ from lm_workers.layers.head import AdaptedHead
 from lm_workers.layers.install import install
 from lm_workers.layers.kernels import Kernels
 from lm_workers.layers.linear import Product
-from lm_workers.layers.narrow import widen_all_but_matrices, widened
+from lm_workers.models.family import FamilyModel
+from lm_workers.models.logits import TriedTexts
 from lm_workers.models.rope import check_rope
 from lm_workers.sequence import Batch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 T = TypeVar("T")
 
@@ -30,9 +33,6 @@ _SCORED_ROWS = 256
 """Prompt positions whose logits exist at one time; bounds memory when a long text is scored."""
 
 _ELSE = "serve it with vLLM (`engine: {backend: vllm}`), or another model"
-
-_TRIED, _TRIED_TOKENS = 4, 8
-"""Texts and their tokens, of which a model must first give the logits that transformers gives."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,14 +53,15 @@ class StepOutput:
 
 
 class ModelRunner:
-    """Runs batches through a transformers model, with the KV cache and the updates.
+    """Runs batches through a model, with the KV cache and the updates.
 
     Takes the model over: its layers are replaced by ours, one after the other, and each gives its
     memory back. It computes in the dtype of the cache.
 
     Args:
-        model: a causal LM whose attention goes through transformers' AttentionInterface. Its
-            matrices may be in a narrower dtype where `layout` widens them.
+        model: of the family, whose matrices may be in another dtype where `layout` widens them; or
+            a causal LM whose attention goes through transformers' AttentionInterface.
+        tried: texts of which it must first give the same logits as transformers.
         cache: KV tensors.
         block_size: tokens in a block.
         bank: resident updates; None serves the base model alone.
@@ -71,7 +72,8 @@ class ModelRunner:
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: FamilyModel | PreTrainedModel,
+        tried: TriedTexts,
         cache: KVCache,
         block_size: int,
         bank: AdapterBank | None,
@@ -83,19 +85,17 @@ class ModelRunner:
         # Torch's operations find the device of their tensors; Triton's kernels run on the thread's.
         self._device = torch.cuda.device(model.device) if model.device.type == "cuda" else None
         self._inputs = InputBuilder(cache, block_size, model.device)
-        dtype = cache.keys[0].dtype
-        if model.dtype != dtype:
-            widen_all_but_matrices(model, dtype)
-        with widened(model, dtype):
-            reference = self._reference(model, len(cache.keys[0]) // block_size - 1, block_size)
         lm_head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
         self.head = AdaptedHead(lm_head, layout, kernels, bank)
         # The head's layout can stand for the embedding's copy of the weight that they share.
         shared = self.head.rows if lm_head.weight is embedding.weight else None
-        self._body = install(model, layout, kernels, bank, self._rows, shared)
+        dtype = cache.keys[0].dtype
+        self._body = install(model, layout, kernels, bank, self._rows, dtype, shared)
+        if bank is not None:
+            bank.forget_bases()
         self._config = model.config
         with self._device or nullcontext():
-            self._check_same(*reference, block_size, layout.rounding)
+            self._check_same(tried, cache, block_size, layout.rounding)
         self._graphs: DecodeGraphs | None = None
         if record is not None:
             self._graphs = DecodeGraphs(
@@ -150,22 +150,8 @@ class ModelRunner:
         return [*rows] * self._min_rows if len(rows) == 1 else rows
 
     @torch.inference_mode()
-    def _reference(
-        self, model: PreTrainedModel, blocks: int, block_size: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """A few texts [N, L] that fit in so many blocks, and transformers' own logits for them."""
-        length = min(_TRIED_TOKENS, blocks * block_size)
-        count = min(_TRIED, blocks // -(-length // block_size))
-        # Spread over the vocabulary: what it begins with often never occurred in training, and such
-        # tokens magnify what rounding changes.
-        vocab = model.config.vocab_size
-        tokens = torch.arange(1, count * length + 1, device=model.device)
-        tokens = (tokens * max(1, vocab // (count * length + 1)) % vocab).view(count, length)
-        return tokens, model(input_ids=tokens, use_cache=False).logits
-
-    @torch.inference_mode()
     def _check_same(
-        self, tokens: torch.Tensor, expected: torch.Tensor, block_size: int, rounding: float
+        self, tried: TriedTexts, cache: KVCache, block_size: int, rounding: float
     ) -> None:
         """Refuse a model whose class does something that this runner leaves out.
 
@@ -174,7 +160,10 @@ class ModelRunner:
         their own. Better to fail here than to serve other numbers. The median position of a step
         counts: in half precision single ones swing with the order of a sum.
         """
-        count, length = tokens.shape
+        blocks = len(cache.keys[0]) // block_size - 1  # less the one that is nobody's
+        length = min(tried.tokens.shape[1], blocks * block_size)
+        count = min(len(tried.tokens), blocks // -(-length // block_size))
+        tokens, expected = tried.tokens[:count, :length], tried.logits[:count, :length]
         scale = float(expected.abs().max())
         for start, stop in pairwise(sorted({0, length - 1, length})):
             places = torch.arange(start, stop, device=tokens.device).repeat(count)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
 
@@ -11,6 +9,8 @@ from lm_workers.layers.kernels import Kernels
 from lm_workers.layers.linear import Lookup
 from lm_workers.layers.paged import PagedStep
 from lm_workers.layers.stack import DecoderStack
+from lm_workers.models.family import FamilyModel
+from lm_workers.models.rope import RotaryEmbedding
 
 
 class TransformersBody(nn.Module):
@@ -42,28 +42,33 @@ class TransformersBody(nn.Module):
 class StackBody(nn.Module):
     """The same for a model of the family, all whose layers are one stack.
 
-    Transformers' own way there takes as long as one of the layers does in a decoding step.
-
     Args:
-        model: without its head; its rotary embedding and final norm are used.
+        model: its rotary embedding and final norm are used.
         embedding: its own, or what stands for it.
         stack: its layers.
         kernels: the norm's.
+        dtype: to compute in.
     """
 
     def __init__(
-        self, model: Any, embedding: Lookup, stack: DecoderStack, kernels: Kernels
+        self,
+        model: FamilyModel,
+        embedding: Lookup,
+        stack: DecoderStack,
+        kernels: Kernels,
+        dtype: torch.dtype,
     ) -> None:
         super().__init__()
-        self.embedding, self.stack, self._kernels = embedding, stack, kernels
-        self._rotary = model.rotary_emb.forward
-        self._norm, self._eps = model.norm.weight.data, float(model.norm.variance_epsilon)
+        self.embedding, self.stack, self._kernels, self._dtype = embedding, stack, kernels, dtype
+        self._rotary = RotaryEmbedding(model.config, model.device)
+        norm = model.model.norm
+        self._norm, self._eps = norm.weight.data, norm.eps
 
     def forward(
         self, tokens: torch.Tensor, positions: torch.Tensor, paged: PagedStep
     ) -> torch.Tensor:
         """tokens [T] at positions [T] -> [T, d]."""
-        hidden = self.embedding(tokens)[None]
-        rotary = self._rotary(hidden, positions[None])
+        hidden = self.embedding(tokens)[None].to(self._dtype)
+        rotary = self._rotary(positions[None], self._dtype)
         hidden = self.stack.forward(hidden, position_embeddings=rotary, paged=paged)
         return self._kernels.rms_norm(hidden[0], self._norm, self._eps)

@@ -1,18 +1,18 @@
-"""Take a transformers model over: replace its layers by ours, in place."""
+"""Take a model over: lay its weights out for the engine, and put ours where it computed."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
-from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from cluster_router.wire.errors import DeltaError, ModelError
 from lm_workers.adapters import AdapterBank, RowSlots
-from lm_workers.attention import PAGED
 from lm_workers.layers.body import StackBody, TransformersBody
-from lm_workers.layers.decoder import DecoderLayer, is_family, is_family_config
+from lm_workers.layers.decoder import DecoderLayer
 from lm_workers.layers.kernels import Kernels
 from lm_workers.layers.linear import (
     LinearGroup,
@@ -23,39 +23,50 @@ from lm_workers.layers.linear import (
     weight_of,
 )
 from lm_workers.layers.stack import DecoderStack
+from lm_workers.models.family import FamilyModel, Layer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def install(
-    model: PreTrainedModel,
+    model: FamilyModel | PreTrainedModel,
     layout: type[Product],
     kernels: Kernels,
     bank: AdapterBank | None,
     rows: RowSlots,
+    dtype: torch.dtype,
     embedding: Lookup | None = None,
 ) -> StackBody | TransformersBody:
-    """Replace the decoder layers of families we know, and the linear layers of any other.
+    """Lay the weights of a model out for the engine, one after the other.
 
-    `embedding` gives the same as the model's own, which takes its place where all is known.
+    Args:
+        model: gives its weights away.
+        layout: of the weights.
+        kernels: compute everything else.
+        bank: resident updates; None serves the base model alone.
+        rows: the step's adapter slots.
+        dtype: to compute in.
+        embedding: gives the same as the model's own, whose place it takes where it can.
 
     Returns:
-        All but the head. The layers of a model that has no other ones are one `DecoderStack`.
+        All but the head.
 
     Raises:
         ModelError: the update names a layer that the model has not, or has in another size.
         DeltaError: the update's bases do not fit its spec.
     """
     installer = Installer(model, layout, kernels, bank, rows)
-    for name in _names(model, is_family):
-        installer.replace_layer(name)
-    for name in _names(model, lambda module: isinstance(module, nn.Linear | Conv1D)):
-        installer.replace_linear(name)
-    model.set_attn_implementation(PAGED)
-    base = model.base_model
-    layers = getattr(base, "layers", ())
-    if is_family_config(model.config) and all(isinstance(one, DecoderLayer) for one in layers):
+    if isinstance(model, FamilyModel):
+        layers = [installer.take_layer(index) for index in range(len(model.model.layers))]
         stack = DecoderStack(layers, rows, taped=layout.taped and kernels.taped)
-        return StackBody(base, embedding or base.embed_tokens, stack, kernels)
-    return TransformersBody(base, kernels)
+        return StackBody(model, embedding or model.get_input_embeddings(), stack, kernels, dtype)
+    for name in _linears(model):
+        installer.replace_linear(name)
+    from lm_workers.attention import PAGED
+
+    model.set_attn_implementation(PAGED)
+    return TransformersBody(model.base_model, kernels)
 
 
 class Installer:
@@ -63,7 +74,7 @@ class Installer:
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: nn.Module,
         layout: type[Product],
         kernels: Kernels,
         bank: AdapterBank | None,
@@ -73,13 +84,18 @@ class Installer:
         self._bank, self._rows = bank, rows
         self._sites = {} if bank is None else _sites(model, bank)
 
-    def replace_layer(self, name: str) -> None:
-        """Replace a decoder layer of a known family."""
+    def take_layer(self, index: int) -> DecoderLayer:
+        """A layer of a `FamilyModel`, which has it no more."""
+        name = f"model.layers.{index}"
 
         def group(names: Sequence[str]) -> LinearGroup:
             return self._group([f"{name}.{inner}" for inner in names])
 
-        self._set(name, DecoderLayer(self._model.get_submodule(name), group, self._kernels))
+        layer = self._model.get_submodule(name)
+        assert isinstance(layer, Layer)
+        taken = DecoderLayer(layer, group, self._kernels)
+        self._model.set_submodule(name, nn.Identity())
+        return taken
 
     def replace_linear(self, name: str) -> None:
         """Replace one linear layer, if that changes anything."""
@@ -105,11 +121,11 @@ class Installer:
         return RowUpdate(self._bank, self._rows, self._kernels, self._bank.targets(targets))
 
 
-def _names(model: PreTrainedModel, wanted: Callable[[nn.Module], bool]) -> list[str]:
-    """The modules to replace, without the head. Names: what is replaced must not be held here."""
+def _linears(model: PreTrainedModel) -> list[str]:
+    """The linear layers, without the head. Names: what is replaced must not be held here."""
     head = model.get_output_embeddings()
     found = model.named_modules()
-    return [name for name, module in found if wanted(module) and module is not head]
+    return [name for name, one in found if isinstance(one, nn.Linear | Conv1D) and one is not head]
 
 
 def _sites(model: nn.Module, bank: AdapterBank) -> dict[str, int]:

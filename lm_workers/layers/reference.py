@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch.backends.cuda import SDPAParams, can_use_flash_attention
-from torch.nn.attention.bias import CausalBias, causal_lower_right
 
 from lm_workers.layers.kernels import HeadNorms, LateUpdate
 from lm_workers.layers.paged import KV_ALIGN, PagedStep
@@ -202,7 +201,10 @@ def prefill(
     """query [N, heads, head_dim], the last N of `length` tokens, over [L, kv_heads, head_dim]."""
     windowed = window is not None and length > window
     if query.device.type not in _ALIGNED and not windowed:
-        mask: torch.Tensor = causal_lower_right(len(query), length)
+        # Imports torch's compiler: 75 MB, which no CPU needs.
+        from torch.nn.attention.bias import causal_lower_right
+
+        written, mask = None, cast(torch.Tensor, causal_lower_right(len(query), length))
         keys, values = keys[:length], values[:length]
     else:
         positions = torch.arange(len(keys), device=query.device)
@@ -210,9 +212,10 @@ def prefill(
         mask = positions <= ends
         if window is not None:
             mask &= positions > ends - window
+        written = mask
     query, keys, values = (one.transpose(0, 1).unsqueeze(0) for one in (query, keys, values))
     shared = query.shape[1] // keys.shape[1]
-    if shared > 1 and not _takes_flash(query, keys, values, mask):
+    if shared > 1 and not _takes_flash(query, keys, values, written):
         # Heads that share keys are otherwise left to a kernel that writes every score out.
         keys, values = (one.repeat_interleave(shared, 1) for one in (keys, values))
     out = F.scaled_dot_product_attention(
@@ -227,9 +230,9 @@ def prefill(
 
 
 def _takes_flash(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None
 ) -> bool:
-    """Whether this is for flash attention, which knows the causal mask and no other."""
-    given = None if isinstance(mask, CausalBias) else mask
-    found: bool = can_use_flash_attention(SDPAParams(query, keys, values, given, 0.0, False, True))
+    """Whether this is for flash attention, which knows the causal mask (None) and no other."""
+    params = SDPAParams(query, keys, values, mask, 0.0, False, True)
+    found: bool = can_use_flash_attention(params)
     return found

@@ -4,7 +4,6 @@ from lm_workers.models.info import ModelInfo, describe_model, fingerprint
 from lm_workers.models.load import (
     auto_dtype,
     load_causal_lm,
-    load_copied,
     load_embedding,
     load_lm_head,
     load_tokenizer,
@@ -19,7 +18,6 @@ __all__ = [
     "describe_model",
     "fingerprint",
     "load_causal_lm",
-    "load_copied",
     "load_embedding",
     "load_lm_head",
     "load_tokenizer",

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from cluster_router.wire.errors import ModelError
-from lm_workers.models.gguf_tokenizer import save_gguf_tokenizer
 from lm_workers.models.quiet import quiet_transformers
 from lm_workers.models.weights import CONFIG
 
@@ -61,6 +60,8 @@ def _check_magic(gguf: Path) -> None:
 
 
 def _convert(gguf: Path, folder: Path) -> None:
+    from lm_workers.models.gguf_tokenizer import save_gguf_tokenizer  # not for who converts nothing
+
     try:
         # The GGUF reader draws its own progress bar on stderr.
         with quiet_transformers(), contextlib.redirect_stderr(io.StringIO()):

@@ -14,23 +14,26 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http import HTTPStatus
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 import certifi
-import httpx
 from tqdm import tqdm
 
 from cluster_router.wire.errors import ModelError
+
+if TYPE_CHECKING:  # of no use to the many processes that find what they need
+    import httpx
 
 logger = logging.getLogger(__name__)
 
 ATTEMPTS = 5
 """How often in a row a download may break off without a single new byte."""
 BACKOFF_S = 1.0
-TIMEOUT = httpx.Timeout(30.0, connect=15.0)
+TIMEOUT_S, CONNECT_TIMEOUT_S = 30.0, 15.0
 
 
 def find_wheel(requirement: str) -> str:
@@ -101,11 +104,14 @@ def file_sha256(path: Path) -> str:
 
 
 def _gather(url: str, part: Path) -> None:
+    import httpx
+
     parts = urlsplit(url)
     if parts.scheme == "file":
         shutil.copyfile(url2pathname(parts.path), part)
         return
-    with httpx.Client(verify=_trust(), timeout=TIMEOUT, follow_redirects=True) as client:
+    timeout = httpx.Timeout(TIMEOUT_S, connect=CONNECT_TIMEOUT_S)
+    with httpx.Client(verify=_trust(), timeout=timeout, follow_redirects=True) as client:
         failures = 0
         while True:
             before = _size(part)
@@ -130,7 +136,7 @@ def _stream(client: httpx.Client, url: str, part: Path) -> None:
     if have:
         headers["Range"] = f"bytes={have}-"
     with client.stream("GET", url, headers=headers) as response:
-        if response.status_code == httpx.codes.REQUESTED_RANGE_NOT_SATISFIABLE:
+        if response.status_code == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
             if response.headers.get("Content-Range") == f"bytes */{have}":
                 return  # every byte is here already
             part.unlink(missing_ok=True)
@@ -155,7 +161,7 @@ def _size(part: Path) -> int:
 
 def _continues(response: httpx.Response, have: int) -> bool:
     """Whether the body starts at byte `have`; servers without ranges start at 0 with a 200."""
-    return response.status_code == httpx.codes.PARTIAL_CONTENT and response.headers.get(
+    return response.status_code == HTTPStatus.PARTIAL_CONTENT and response.headers.get(
         "Content-Range", ""
     ).startswith(f"bytes {have}-")
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from cluster_router.wire.errors import ModelError
+from lm_workers.models.config import load_config
 from lm_workers.models.load import find_embedding, load_tokenizer
-from lm_workers.models.quiet import quiet_transformers
 from lm_workers.models.weights import StoredTensor, read_json, stored_tensors
 
 EMBEDDING_ROWS = 256
@@ -83,19 +83,6 @@ def fingerprint(path: Path) -> str:
         digest.update(_short(tensor.name).encode())
         digest.update(sample.contiguous().view(torch.int16).numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-def load_config(path: Path) -> PretrainedConfig:
-    """The language model's config at `path`."""
-    try:
-        with quiet_transformers():
-            config = AutoConfig.from_pretrained(
-                path, local_files_only=True, trust_remote_code=False
-            )
-    except Exception as error:
-        # The config is anybody's: its readers fail with whatever they trip over.
-        raise ModelError(f"the config in {path} cannot be read: {error}") from error
-    return config.get_text_config()
 
 
 def _is_weight(tensor: StoredTensor, tied: bool) -> bool:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+import transformers
+from transformers import PreTrainedTokenizerBase
 
 from cluster_router.wire.errors import ConfigError, ModelError
-from lm_workers.memory import untouched
+from lm_workers.models.kept import KeptAnswer
 from lm_workers.models.quiet import quiet_transformers
 from lm_workers.models.weights import StoredTensor, check_folder, is_quantised, stored_tensors
 
@@ -35,8 +36,10 @@ _CHECKED = 2**22
 """Numbers that are checked for NaN at a time."""
 
 
-def load_causal_lm(path: Path, dtype: torch.dtype, device: str) -> PreTrainedModel:
-    """The model at `path`, frozen and in eval mode.
+def load_causal_lm(
+    path: Path, dtype: torch.dtype | Literal["auto"], device: str
+) -> PreTrainedModel:
+    """The model at `path`, frozen and in eval mode; `"auto"` leaves it as it is stored.
 
     Reads safetensors only and never runs code that comes with a model.
 
@@ -46,7 +49,7 @@ def load_causal_lm(path: Path, dtype: torch.dtype, device: str) -> PreTrainedMod
     """
     from transformers import AutoModelForCausalLM
 
-    _check_loadable(path)
+    check_loadable(path)
     with _loading(path):
         model, report = AutoModelForCausalLM.from_pretrained(
             path,
@@ -57,65 +60,39 @@ def load_causal_lm(path: Path, dtype: torch.dtype, device: str) -> PreTrainedMod
             trust_remote_code=False,
             output_loading_info=True,
         )
-    return _frozen(model, report, path, dtype)
-
-
-def load_copied(
-    path: Path, config: PretrainedConfig, dtype: torch.dtype, as_stored: bool
-) -> PreTrainedModel:
-    """Like `load_causal_lm` on the CPU, but of the files nothing stays in memory.
-
-    For who lays the weights out anew, one after the other, each of which then gives its memory
-    back: from a model that is mapped into memory the whole file would stay. Only for model classes
-    that keep no buffer in the dtype of the weights, whose numbers might be narrowed.
-
-    Args:
-        path: the folder.
-        config: of the model there.
-        dtype: of the model.
-        as_stored: load in the dtype that all tensors are stored in, if it is one, instead. Who
-            computes in a wider one widens them part by part.
-
-    Raises: see `load_causal_lm`.
-    """
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-
-    _check_loadable(path)
-    state = {}
-    for name, one in stored_tensors(path).items():
-        # A tensor that safetensors gives may keep its whole file in memory, and one that the
-        # allocator gives is not returned to the system while others lie around it.
-        read = one.read()
-        kept = read.dtype if as_stored else dtype
-        own = untouched(read.numel() * kept.itemsize).view(kept).view(read.shape)
-        state[name] = own.copy_(read)
-    held = {tensor.dtype for tensor in state.values()}
-    kept = held.pop() if len(held) == 1 else dtype
-    with _loading(path):
-        model, report = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
-            None, config=config, state_dict=state, dtype=kept, output_loading_info=True
-        )
-    return _frozen(model, report, path, kept)
+    return _frozen(model, report, path)
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     """The tokenizer at `path`. Raises ModelError when it is missing or cannot be read."""
+    kept = KeptAnswer("tokenizers", path)
+    known = _tokenizer_class(kept.read())
     try:
         with quiet_transformers():
-            return AutoTokenizer.from_pretrained(
-                path, local_files_only=True, trust_remote_code=False
-            )
+            tokenizer: PreTrainedTokenizerBase = (
+                known or transformers.AutoTokenizer
+            ).from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except Exception as error:
         # tokenizers raises bare Exception for a malformed tokenizer.json.
         raise ModelError(f"the tokenizer in {path} cannot be loaded: {error}") from error
+    name = type(tokenizer).__name__
+    if known is None and _tokenizer_class(name) is type(tokenizer):
+        kept.keep(name)
+    return tokenizer
+
+
+def _tokenizer_class(name: object) -> type[PreTrainedTokenizerBase] | None:
+    """Transformers' class of this name, if it is a tokenizer's."""
+    found = getattr(transformers, name, None) if isinstance(name, str) else None
+    known = isinstance(found, type) and issubclass(found, PreTrainedTokenizerBase)
+    return found if known else None
 
 
 def load_embedding(path: Path, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """The input embedding [vocab, hidden] in `dtype`, read without building the model."""
     stored = find_embedding(stored_tensors(path))
     matrix = stored.read().to(dtype)
-    if not torch.isfinite(matrix).all():
-        raise _not_finite(stored.file, stored.name, dtype)
+    check_finite(matrix, stored.file, stored.name)
     return matrix
 
 
@@ -164,7 +141,8 @@ def _cpu_multiplies_bf16() -> bool:
     return any(bool(flags.get(flag)) for flag in ("avx512_bf16", "amx_bf16", "arm_bf16"))
 
 
-def _check_loadable(path: Path) -> None:
+def check_loadable(path: Path) -> None:
+    """Raise ModelError unless `path` holds a whole model that can be computed with."""
     check_folder(path)
     if is_quantised(path):
         raise ModelError(
@@ -183,17 +161,28 @@ def _loading(path: Path) -> Iterator[None]:
         raise ModelError(f"{path} cannot be loaded as a language model: {error}") from error
 
 
-def _frozen(
-    model: PreTrainedModel, report: Mapping[str, Any], path: Path, dtype: torch.dtype
-) -> PreTrainedModel:
+def _frozen(model: PreTrainedModel, report: Mapping[str, Any], path: Path) -> PreTrainedModel:
     if missing := sorted(report["missing_keys"]):
-        raise ModelError(f"{path} lacks {len(missing)} weights, among them {missing[0]}")
+        raise lacks(path, missing)
     model.eval().requires_grad_(False)
     for name, weight in model.named_parameters():
-        # In parts: the check makes several copies of what it is given.
-        if not all(torch.isfinite(part).all() for part in weight.flatten().split(_CHECKED)):
-            raise _not_finite(_file_of(name, path), name, dtype)
+        check_finite(weight, _file_of(name, path), name)
     return model
+
+
+def lacks(path: Path, missing: Sequence[str]) -> ModelError:
+    """The error of a model at `path` without these weights."""
+    return ModelError(f"{path} lacks {len(missing)} weights, among them {missing[0]}")
+
+
+def check_finite(weight: torch.Tensor, file: Path, name: str) -> None:
+    """Raise ModelError if a weight, read from `file`, holds NaN or infinity."""
+    # In parts: the check makes several copies of what it is given.
+    if not all(torch.isfinite(part).all() for part in weight.flatten().split(_CHECKED)):
+        raise ModelError(
+            f"{file} holds NaN or infinity in {name} as {weight.dtype}; fetch the model again, "
+            "or choose a dtype with a wider range"
+        )
 
 
 def _file_of(parameter: str, path: Path) -> Path:
@@ -203,10 +192,3 @@ def _file_of(parameter: str, path: Path) -> Path:
         if name in tensors:
             return tensors[name].file
     return path
-
-
-def _not_finite(file: Path, name: str, dtype: torch.dtype) -> ModelError:
-    return ModelError(
-        f"{file} holds NaN or infinity in {name} as {dtype}; fetch the model again, "
-        "or choose a dtype with a wider range"
-    )

@@ -1,13 +1,47 @@
-"""Rotary embeddings whose frequencies depend on how long the text is."""
+"""Rotary embeddings, and those whose frequencies depend on how long the text is."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from transformers import PretrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from cluster_router.wire.errors import ModelError
+from lm_workers.kv_cache import kv_geometry
+
+
+class RotaryEmbedding:
+    """Cosines and sines of positions, with the frequencies that a text begins with.
+
+    Args:
+        config: of a model whose layers all have the same.
+        device: of the positions.
+    """
+
+    def __init__(self, config: PretrainedConfig, device: torch.device) -> None:
+        given: Mapping[str, Any] = config.rope_parameters
+        kind = given["rope_type"]
+        if kind == "default":  # the only one that transformers leaves to the model classes
+            size = kv_geometry(config)[2]
+            halves = torch.arange(0, size, 2, dtype=torch.float32) / size
+            frequencies, self._scaling = 1.0 / given["rope_theta"] ** halves, 1.0
+        else:
+            frequencies, self._scaling = ROPE_INIT_FUNCTIONS[kind](config)
+        self._frequencies = frequencies.to(device, torch.float32)
+
+    def __call__(
+        self, positions: torch.Tensor, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """positions [..., T] -> cosines and sines [..., T, head_dim] in `dtype`."""
+        angles = positions[..., None].float() * self._frequencies
+        angles = torch.cat((angles, angles), -1)
+        return (
+            (angles.cos() * self._scaling).to(dtype),
+            (angles.sin() * self._scaling).to(dtype),
+        )
 
 
 def check_rope(config: PretrainedConfig, max_context: int) -> None:

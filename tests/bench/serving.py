@@ -91,7 +91,9 @@ def make_inputs(args: argparse.Namespace, chosen: list[Variant], scratch: Path) 
     if counts and any(one.adapted and one.engine in ("peft", "vllm") for one in chosen):
         adapters = scratch / "adapters"
         prepare.write_loras(model, adapters, max(counts))
-    dtype = str(resolve_dtype(args.dtype, device)).removeprefix("torch.")
+    dtype = resolve_dtype(args.dtype, device)
+    if any(one.engine in ("chameleon", "served") for one in chosen):
+        prepare.start_once(model, dtype, device)
     longest = args.prompt_tokens + args.prompt_tokens // 4 + args.output_tokens
     return Inputs(
         model=model,
@@ -99,11 +101,11 @@ def make_inputs(args: argparse.Namespace, chosen: list[Variant], scratch: Path) 
         adapters=adapters,
         adapter_rank=prepare.LORA_RANK,
         device=device,
-        dtype=dtype,
+        dtype=str(dtype).removeprefix("torch."),
         threads=args.threads,
         max_concurrency=max(args.concurrency),
         max_context=max(512, longest),
-        settings={"dtype": dtype, **engine_settings(args.set)},
+        settings={"dtype": str(dtype).removeprefix("torch."), **engine_settings(args.set)},
     )
 
 

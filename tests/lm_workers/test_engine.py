@@ -26,7 +26,7 @@ from lm_workers.build import build_engine
 from lm_workers.config import EngineConfig
 from lm_workers.engine import Engine
 from lm_workers.models import load_causal_lm
-from lm_workers.models.info import load_config
+from lm_workers.models.config import load_config
 
 DEPTHS: tuple[Depth, ...] = ("head", "full", "paper")
 SMALL = EngineConfig(

@@ -15,7 +15,9 @@ from adapter_gen.hypernetwork import CoreConfig, Hypernetwork
 from adapter_gen.sites import discover_sites
 from adapter_gen.update import Depth
 from cluster_router.wire.snapshot import ClusterSnapshot
-from lm_workers.models import describe_model
+from lm_workers.models import describe_model, load_causal_lm
+from lm_workers.models.config import is_family, load_config
+from lm_workers.models.logits import KeptLogits
 
 LORA_TARGETS = ["q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 LORA_RANK = 8
@@ -29,6 +31,14 @@ def meta_model(path: Path) -> PreTrainedModel:
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
     return model
+
+
+def start_once(model: Path, dtype: torch.dtype, device: str) -> None:
+    """What only the first start of a model on a machine does: later ones take less memory."""
+    config = load_config(model)
+    if is_family(config):
+        kept = KeptLogits(describe_model(model, model.name).fingerprint, config, dtype, device)
+        kept.get(lambda: load_causal_lm(model, dtype, device))
 
 
 def write_bundle(model: Path, target: Path, depth: Depth, rank: int, clusters: int) -> None:

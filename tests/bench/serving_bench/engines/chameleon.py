@@ -17,17 +17,23 @@ from cluster_router.wire.types import AdapterKey, Assignment, SamplingParams, To
 from lm_workers.build import build_engine
 from lm_workers.config import EngineConfig
 from lm_workers.engine import EngineStats
+from lm_workers.memory import give_back
 
 
 class ChameleonEngine:
-    """An Engine with every cluster's update generated before the clock starts."""
+    """An Engine with every cluster's update generated before the clock starts.
+
+    As an LM replica does, it holds no bundle: that is for the process that generates.
+    """
 
     def __init__(self, job: dict[str, Any]) -> None:
         self.version = f"torch {torch.__version__}"
-        self._bundle = None if job["bundle"] is None else Bundle.load(Path(job["bundle"]), None)
-        self._generator = None if self._bundle is None else AdapterGenerator(self._bundle)
+        self._bundle = None if job["bundle"] is None else Path(job["bundle"])
         self._deltas: dict[int, LoraDelta] = {}
-        update = None if self._bundle is None else (self._bundle.spec, self._bundle.bases)
+        update = None
+        if self._bundle is not None:
+            bundle = Bundle.load(self._bundle, None)
+            update = bundle.spec, bundle.bases
         self._engine = build_engine(Path(job["model"]), engine_config(job), update)
 
     @property
@@ -37,19 +43,11 @@ class ChameleonEngine:
 
     def prepare(self, load: Workload) -> None:
         """Generate the updates that `load` uses."""
-        for cluster in {one.cluster for one in load.requests} - self._deltas.keys() - {None}:
-            assert cluster is not None
-            self._deltas[cluster] = self._generate(cluster)
-
-    def _generate(self, cluster: int) -> LoraDelta:
-        assert self._bundle is not None
-        assert self._generator is not None
-        snapshot = self._bundle.snapshot
-        row = snapshot.row(cluster)
-        assert row is not None, f"the bundle has no cluster {cluster}"
-        return self._generator.generate(
-            self._bundle.key(snapshot, row), snapshot.conditioning_of(row)
-        )
+        asked = {one.cluster for one in load.requests if one.cluster is not None}
+        if missing := asked - self._deltas.keys():
+            assert self._bundle is not None
+            self._deltas.update(generated(Bundle.load(self._bundle, None), missing))
+            give_back()  # what generating has left is not the engine's
 
     def add(self, index: int, request: Request, output_tokens: int) -> None:
         """See SteppedEngine."""
@@ -74,6 +72,16 @@ class ChameleonEngine:
 
     def close(self) -> None:
         """Nothing is left running."""
+
+
+def generated(bundle: Bundle, clusters: set[int]) -> Iterator[tuple[int, LoraDelta]]:
+    """The update of each of a bundle's clusters."""
+    generator, snapshot = AdapterGenerator(bundle), bundle.snapshot
+    for cluster in sorted(clusters):
+        row = snapshot.row(cluster)
+        assert row is not None, f"the bundle has no cluster {cluster}"
+        delta = generator.generate(bundle.key(snapshot, row), snapshot.conditioning_of(row))
+        yield cluster, delta
 
 
 def engine_config(job: dict[str, Any]) -> EngineConfig:
