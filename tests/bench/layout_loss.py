@@ -5,19 +5,23 @@
 Each engine reads the same texts and tells the log-probability of every token after the first:
 validation documents of the data folder (`CHAMELEON_DATA`, or ../shared/data beside the repository),
 or the files that `--text` names, of each its first `--tokens` tokens. Adapted, each text runs under
-the update of its own cluster in the shipped bundle. Writes layout_loss.json to `--out`, and prints
-how much larger the mean loss is than the first layout's, with the standard error of that over
-texts.
+the update of its own cluster in the shipped bundle. Prints how much larger the mean loss is than
+the first layout's, with the standard error of that over texts, and writes all losses, with the
+machine and the date, to layout_loss.json in `--out`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shlex
+import sys
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
+from serving_bench.machine import describe_machine
 from serving_bench.texts import data_folder, documents
 
 from adapter_gen.bundle import Bundle
@@ -30,6 +34,7 @@ from cluster_router.wire.types import Assignment, SamplingParams, TokenChunk, To
 from deploy.config import SHIPPED
 from lm_workers.build import build_engine
 from lm_workers.config import EngineConfig
+from lm_workers.device import usable_cores
 from lm_workers.engine import SteppedEngine
 from lm_workers.models import (
     DEFAULT_MODEL,
@@ -130,9 +135,16 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     """Measure, print and write."""
     args = arguments()
+    machine = describe_machine("cpu", usable_cores())
     rows = measure(args)
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "layout_loss.json").write_text(json.dumps(rows, indent=1) + "\n")
+    report = {
+        "command": shlex.join(["python", *sys.argv]),
+        "machine": machine,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "losses": rows,
+    }
+    (args.out / "layout_loss.json").write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":
