@@ -218,5 +218,5 @@ def test_another_version_of_transformers_is_asked_again(
     KeptAnswer("question", tiny_llama, tmp_path).keep([1, "two"])
     assert KeptAnswer("question", tiny_llama, tmp_path).read() == [1, "two"]
     assert KeptAnswer("another", tiny_llama, tmp_path).read() is None
-    monkeypatch.setattr(transformers, "__version__", "99.0")
+    monkeypatch.setattr("lm_workers.models.kept.transformers.__version__", "99.0")
     assert KeptAnswer("question", tiny_llama, tmp_path).read() is None
