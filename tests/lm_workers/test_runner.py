@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from traffic_cases import update_of
 
 from cluster_router.wire.types import Assignment, SamplingParams, TokenizedRequest
 from lm_workers.build import build_engine
@@ -64,3 +65,10 @@ def test_packed_weights_replace_the_plain_ones(tiny_llama: Path) -> None:
     # Tokens are looked up in the embedding, unless its weight can be read from the head's layout.
     kept = [] if engine._runner.head.rows else ["embedding.weight"]
     assert [name for name, one in parameters if one.dim() == 2] == kept
+
+
+def test_what_all_updates_share_is_held_once(tiny_llama: Path) -> None:
+    spec, bases, _ = update_of(tiny_llama)
+    engine = build_engine(tiny_llama, EngineConfig(dtype="float32", cpu_threads=1), (spec, bases))
+    bank = engine._scheduler._bank
+    assert bank.u == bank.v == []

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 import transformers
+from serving_bench.prepare import write_bundle
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
+from adapter_gen.bundle import Bundle
 from cluster_router.wire.errors import ModelError
 from lm_workers.models import load_tokenizer
 from lm_workers.models.config import load_config
@@ -84,6 +86,15 @@ def test_a_later_start_imports_no_compiler_and_no_model_class(
     assert imported(default_model, bundle_path) == []
 
 
+def test_loading_a_hypernetwork_of_cores_imports_no_compiler(
+    tiny_llama: Path, tmp_path: Path, cache: Path
+) -> None:
+    write_bundle(tiny_llama, tmp_path / "bundle", "full", 4, 2)
+    assert Bundle.load(tmp_path / "bundle", None).spec.rank == 4
+    imported(tiny_llama, tmp_path / "bundle")  # the first start
+    assert imported(tiny_llama, tmp_path / "bundle") == []
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_a_kept_config_says_what_transformers_does(
     tiny_checkpoints: dict[str, Path], cache: Path, asked: list[str], family: str
@@ -152,6 +163,16 @@ def test_another_folder_is_asked_about_again(
     load_tokenizer(path)
     assert "AutoTokenizer" in asked
     assert load_config(path).hidden_size == load_config(tiny_llama).hidden_size
+
+
+def test_a_config_of_the_same_size_is_another(
+    tiny_llama: Path, tmp_path: Path, cache: Path, asked: list[str]
+) -> None:
+    path = copy(tiny_llama, tmp_path / "model")
+    file = path / "config.json"
+    assert load_config(path).rms_norm_eps == 1e-6
+    file.write_text(file.read_text().replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 2e-06'))
+    assert load_config(path).rms_norm_eps == 2e-6
 
 
 @pytest.mark.parametrize("content", ["", "[1", '"no such class"', '"AutoTokenizer"', "7"])
