@@ -74,9 +74,9 @@ def test_an_engine_takes_little_more_than_the_stored_weights(
         pytest.skip(f"this CPU does not compute in {dtype}, or torch does it for it")
     first, second = (start(default_model, dtype, "auto", tmp_path) for _ in range(2))
     assert first.with_classes and not second.with_classes
-    assert first.peak < 2.1
+    assert first.peak < 2.4
     # Beside the weights: the embedding once more, a matrix on its way, activations, allocators.
-    assert second.peak < 1.6
+    assert second.peak < 1.8
     # The embedding is the head's panels then.
     assert second.after < 1.25
 
@@ -90,6 +90,6 @@ def test_in_8_bits_it_takes_less_than_is_stored(
     except ConfigError as error:
         pytest.skip(str(error))
     first, second = (start(default_model, dtype, "int8", tmp_path) for _ in range(2))
-    assert first.peak < 1.9
-    assert second.peak < 1.6
+    assert first.peak < 2.2
+    assert second.peak < 1.8
     assert second.after < 0.85
