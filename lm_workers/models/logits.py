@@ -1,6 +1,6 @@
 """Transformers' own logits for a few texts, which an engine must give too before it serves.
 
-They are kept: transformers' classes, whose imports take two seconds and 130 MB, are needed only
+They are kept: transformers' classes, which take long to import and much memory, are needed only
 where a model is started for the first time.
 """
 
@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import nn
 from transformers import PretrainedConfig
 
@@ -72,8 +72,9 @@ class KeptLogits:
         found = self._read()
         if found is None:
             found = compute_logits(load())
-            kept = {_NAME: found.logits.contiguous()}
-            self._file.write(lambda file: save_file(kept, file))
+            data = save({_NAME: found.logits.contiguous()})
+            # Not by safetensors, whose files only their owner can read: a cache may be shared.
+            self._file.write(lambda file: file.write_bytes(data))
             gc.collect()  # transformers' modules refer to each other
             if torch.device(self._device).type == "cuda":
                 torch.cuda.empty_cache()
