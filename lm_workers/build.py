@@ -70,15 +70,8 @@ def build_engine(
     layout = choose_layout(config.linear, dtype, device)
     loaded = _load(path, info.fingerprint, dtype, device, layout)
     max_context = min(config.max_context or info.context_length, info.context_length)
-    prefixes = PrefixCache() if config.prefix_cache else None
     num_blocks = _num_blocks(config, loaded.model.config, dtype, device)
-    pool = BlockPool(num_blocks, config.block_size, prefixes)
-    if pool.capacity < max_context:
-        raise ConfigError(
-            f"kv_cache_tokens holds {pool.capacity} tokens, less than one context of "
-            f"{max_context}; raise kv_cache_tokens or lower max_context",
-            "kv_cache_tokens",
-        )
+    pool = _pool(config, num_blocks, max_context)
     cache = KVCache(loaded.model.config, pool.num_blocks * config.block_size, dtype, device)
     bank = None if update is None else AdapterBank(*update, config.max_adapters, dtype, device)
     kernels = choose_kernels(config.kernels, dtype, device)
@@ -112,12 +105,6 @@ def build_engine(
     )
 
 
-class _Loaded(NamedTuple):
-    model: FamilyModel | PreTrainedModel
-    tried: TriedTexts
-    kept: KeptLogits | None
-
-
 def step_budget(config: EngineConfig, device: str, dtype: torch.dtype) -> StepBudget:
     """Tokens of a step: what the settings say, or what suits the device."""
     cpu = device == "cpu"
@@ -128,10 +115,18 @@ def step_budget(config: EngineConfig, device: str, dtype: torch.dtype) -> StepBu
     )
 
 
+class _Loaded(NamedTuple):
+    """A model, the logits it must give, and where these are kept if they are."""
+
+    model: FamilyModel | PreTrainedModel
+    tried: TriedTexts
+    kept: KeptLogits | None
+
+
 def _load(
     path: Path, fingerprint: str, dtype: torch.dtype, device: str, layout: type[Product]
 ) -> _Loaded:
-    """The model, and what it must give."""
+    """Load the model, and have transformers' logits for it."""
     config, narrow = load_config(path), layout.widens
     if not is_family(config):
         other = load_causal_lm(path, dtype, device)
@@ -155,6 +150,19 @@ def _context_cost(model: FamilyModel | PreTrainedModel) -> float:
     matrices = [one for one in model.base_model.parameters() if one.dim() > 1]
     weights = sum(one.numel() for one in matrices if one is not embedding)
     return 2 * layers * config.num_attention_heads * head_dim / max(1, weights)
+
+
+def _pool(config: EngineConfig, num_blocks: int, max_context: int) -> BlockPool:
+    """Blocks for at least one context."""
+    prefixes = PrefixCache() if config.prefix_cache else None
+    pool = BlockPool(num_blocks, config.block_size, prefixes)
+    if pool.capacity < max_context:
+        raise ConfigError(
+            f"kv_cache_tokens holds {pool.capacity} tokens, less than one context of "
+            f"{max_context}; raise kv_cache_tokens or lower max_context",
+            "kv_cache_tokens",
+        )
+    return pool
 
 
 def _num_blocks(

@@ -17,7 +17,7 @@ GroupMaker = Callable[[Sequence[str]], LinearGroup]
 
 
 class DecoderLayer(nn.Module):
-    """Gives the numbers of transformers' layers of the `FAMILY`.
+    """Gives the numbers of transformers' layers of the family (`lm_workers/models/config.py`).
 
     Args:
         layer: facts and weights.

@@ -63,7 +63,7 @@ def install(
         return StackBody(model, embedding or model.get_input_embeddings(), stack, kernels, dtype)
     for name in _linears(model):
         installer.replace_linear(name)
-    from lm_workers.attention import PAGED
+    from lm_workers.attention import PAGED  # imports transformers' model classes
 
     model.set_attn_implementation(PAGED)
     return TransformersBody(model.base_model, kernels)

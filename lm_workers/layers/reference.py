@@ -201,7 +201,7 @@ def prefill(
     """query [N, heads, head_dim], the last N of `length` tokens, over [L, kv_heads, head_dim]."""
     windowed = window is not None and length > window
     if query.device.type not in _ALIGNED and not windowed:
-        # Imports torch's compiler: 75 MB, which no CPU needs.
+        # Imports torch's compiler, which takes memory that no process on a CPU needs to give.
         from torch.nn.attention.bias import causal_lower_right
 
         written, mask = None, cast(torch.Tensor, causal_lower_right(len(query), length))

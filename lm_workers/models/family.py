@@ -1,5 +1,5 @@
 """Models of the Llama family, as an engine takes them: facts and weights, without transformers'
-classes, whose imports take two seconds and 130 MB.
+classes, which take long to import and much memory (docs/guides/performance.md).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Small files of the cache: what transformers says of a model, asked once.
 
-Only to read a config or choose a tokenizer's class it imports torch's compiler and more, 83 MB in
-more than a second, which every process of a service would do.
+Only to read a config or choose a tokenizer's class it imports torch's compiler and more, which
+takes every process of a service a second and much memory (docs/guides/performance.md).
 """
 
 from __future__ import annotations

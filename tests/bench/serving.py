@@ -94,6 +94,7 @@ def make_inputs(args: argparse.Namespace, chosen: list[Variant], scratch: Path) 
     dtype = resolve_dtype(args.dtype, device)
     if any(one.engine in ("chameleon", "served") for one in chosen):
         prepare.start_once(model, dtype, device)
+    dtype_name = str(dtype).removeprefix("torch.")
     longest = args.prompt_tokens + args.prompt_tokens // 4 + args.output_tokens
     return Inputs(
         model=model,
@@ -101,11 +102,11 @@ def make_inputs(args: argparse.Namespace, chosen: list[Variant], scratch: Path) 
         adapters=adapters,
         adapter_rank=prepare.LORA_RANK,
         device=device,
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=dtype_name,
         threads=args.threads,
         max_concurrency=max(args.concurrency),
         max_context=max(512, longest),
-        settings={"dtype": str(dtype).removeprefix("torch."), **engine_settings(args.set)},
+        settings={"dtype": dtype_name, **engine_settings(args.set)},
     )
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import (
-    AutoModelForCausalLM,
     Gemma3TextConfig,
     GPTJConfig,
     Lfm2Config,
@@ -16,7 +15,6 @@ from transformers import (
     MistralConfig,
     Phi3Config,
     PretrainedConfig,
-    PreTrainedTokenizerFast,
     StableLmConfig,
 )
 
@@ -52,20 +50,14 @@ Save = Callable[[PretrainedConfig], Path]
 
 
 @pytest.fixture
-def save(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> Save:
+def save(save_drawn: Callable[..., Path]) -> Save:
     """Save a model of a config, with random weights that are large enough to tell texts apart."""
 
-    def saved(config: PretrainedConfig) -> Path:
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                torch.nn.init.normal_(parameter, std=0.15)
-        model.save_pretrained(tmp_path)
-        tiny_tokenizer.save_pretrained(tmp_path)
-        return tmp_path
+    def draw(parameter: torch.nn.Parameter) -> None:
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.15)
 
-    return saved
+    return lambda config: save_drawn(config, draw)
 
 
 def settings(**changes: object) -> EngineConfig:

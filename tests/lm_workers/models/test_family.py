@@ -15,7 +15,6 @@ from transformers import (
     LlamaConfig,
     MistralConfig,
     PretrainedConfig,
-    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
 )
@@ -71,19 +70,9 @@ State = dict[str, torch.Tensor]
 
 
 @pytest.fixture
-def save(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> Save:
+def save(save_drawn: Callable[..., Path]) -> Save:
     """Save a model of a config, whose every weight is random."""
-
-    def saved(config: PretrainedConfig) -> Path:
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        for parameter in model.parameters():
-            torch.nn.init.normal_(parameter)
-        model.save_pretrained(tmp_path)
-        tiny_tokenizer.save_pretrained(tmp_path)
-        return tmp_path
-
-    return saved
+    return lambda config: save_drawn(config, torch.nn.init.normal_)
 
 
 def load(

@@ -15,6 +15,8 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 
 from adapter_gen.bundle import Bundle
 from cluster_router.wire.errors import ModelError
+from lm_workers.build import build_engine
+from lm_workers.config import EngineConfig
 from lm_workers.models import load_tokenizer
 from lm_workers.models.config import load_config
 from lm_workers.models.kept import KeptAnswer, KeptFile
@@ -213,6 +215,16 @@ def test_what_is_kept_does_not_stand_for_a_folder_that_is_gone(
         load_tokenizer(path)
     with pytest.raises(ModelError, match=r"config in .* cannot be read"):
         load_config(tmp_path / "nothing here")
+
+
+def test_all_that_is_kept_can_be_read_by_those_who_share_the_cache(
+    tiny_llama: Path, cache: Path
+) -> None:
+    build_engine(tiny_llama, EngineConfig(dtype="float32", device="cpu", cpu_threads=1))
+    (cache / "plain").write_text("")
+    kinds = ("configs", "tokenizers", "logits")
+    modes = {one.stat().st_mode for kind in kinds for one in (cache / kind).iterdir()}
+    assert modes == {(cache / "plain").stat().st_mode}
 
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
